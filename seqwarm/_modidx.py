@@ -42,5 +42,12 @@ d = { 'settings': { 'branch': 'main',
                                      'seqwarm.core.layout._rows': ('core/layout.html#_rows', 'seqwarm/core/layout.py'),
                                      'seqwarm.core.layout._size': ('core/layout.html#_size', 'seqwarm/core/layout.py'),
                                      'seqwarm.core.layout.layout': ('core/layout.html#layout', 'seqwarm/core/layout.py')},
+            'seqwarm.families.bart': { 'seqwarm.families.bart._layer': ('families/bart.html#_layer', 'seqwarm/families/bart.py'),
+                                       'seqwarm.families.bart._read': ('families/bart.html#_read', 'seqwarm/families/bart.py')},
+            'seqwarm.families.bert': {'seqwarm.families.bert._read': ('families/bert.html#_read', 'seqwarm/families/bert.py')},
             'seqwarm.families.gpt2': {'seqwarm.families.gpt2._read': ('families/gpt2.html#_read', 'seqwarm/families/gpt2.py')},
-            'seqwarm.families.llama': {'seqwarm.families.llama._read': ('families/llama.html#_read', 'seqwarm/families/llama.py')}}}
+            'seqwarm.families.llama': {'seqwarm.families.llama._read': ('families/llama.html#_read', 'seqwarm/families/llama.py')},
+            'seqwarm.families.roberta': {'seqwarm.families.roberta._read': ('families/roberta.html#_read', 'seqwarm/families/roberta.py')},
+            'seqwarm.families.t5': { 'seqwarm.families.t5._attn': ('families/t5.html#_attn', 'seqwarm/families/t5.py'),
+                                     'seqwarm.families.t5._ffn': ('families/t5.html#_ffn', 'seqwarm/families/t5.py'),
+                                     'seqwarm.families.t5._read': ('families/t5.html#_read', 'seqwarm/families/t5.py')}}}
