@@ -202,7 +202,7 @@ def _check(self: Layout,
 
 Layout.resolve, Layout.check = _resolve, _check
 
-# %% ../../nbs/core/05_layout.ipynb #8053af21
+# %% ../../nbs/core/05_layout.ipynb #7b4ccc97
 @cache
 def _families() -> dict[str, Family]:
     "model_type -> Family, from the modules of `seqwarm.families`."
@@ -216,9 +216,10 @@ def _filled(config: Any) -> dict:
     if not kind: raise Refusal("the config names no model_type", "is it the config.json of a Hugging Face model?")
     if kind not in _families(): raise unknown("family", kind, _families())
     if not isinstance(config, Mapping): return config.to_dict()
+    from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     try: return CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except (TypeError, ValueError) as e: raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
+    except (StrictDataclassError, TypeError, ValueError) as e: raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
