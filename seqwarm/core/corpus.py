@@ -64,7 +64,7 @@ def parse(spec: str) -> list[Source]:
         found[-1].weight, found[-1].documents  # read now, so that a bad number is told before anything starts
     return found
 
-# %% ../../nbs/core/50_corpus.ipynb #831eab01
+# %% ../../nbs/core/50_corpus.ipynb #823dc386
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 HELD_OUT = 50  # one document in so many is kept for validation
 
@@ -90,7 +90,7 @@ def _rows(dataset, source: Source) -> Iterator[str]:
     "The texts of a streamed data set's column."
     column = source.options.get("column", "text")
     for i, row in enumerate(dataset):
-        if i == 0 and column not in row: raise unknown(f"column in {source}", column, row)
+        if i == 0 and column not in row: raise unknown("column", column, row)
         if not isinstance(text := row[column], str): raise Refusal(f"column {column!r} of {source} holds {type(text).__name__}, not text", "name a text column")
         if text := text.strip(): yield text
 
