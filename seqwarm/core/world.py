@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['World']
 
-# %% ../../nbs/core/40_world.ipynb #9e4b779a
+# %% ../../nbs/core/40_world.ipynb #a2398cec
 from collections.abc import Iterable, Iterator
 from itertools import islice
 from math import inf, log2
 from .errors import Refusal, unknown
-from .language import LANGUAGES, Dice, Lexicon, Table, hash64, parse, render, scramble
+from .language import LANGUAGES, Dice, Lexicon, Table, hash64, parse, render, stem
 
 # %% ../../nbs/core/40_world.ipynb #9f2c409c
 _CLASSES = {  # class: (words in the default size, weight, kind of adjective); names and towns are not inflected
@@ -45,12 +45,12 @@ _SHAPE = {(number, det, adj): w * x for (number, det), w in  # (0 one, 1 many), 
 _SURNAME = {0: 2, 1: 1}                                     # does a person's name come with a surname?
 _NUMERAL = {n: 5040 // n for n in range(2, 21)}             # few things are more often counted than many
 
-# %% ../../nbs/core/40_world.ipynb #d4d06302
-class _Grammar:
-    "All distributions of a world, and its three lexicons."
+# %% ../../nbs/core/40_world.ipynb #a80f8647
+class _Things:
+    "What there is: numbered concepts, their classes, their homes, their names."
     def __init__(self, size: str, seed: int):
         up, down, self.topics = _SIZES[size]
-        self.size, self.seed, T = size, seed, range(self.topics)
+        self.size, self.seed = size, seed
         counts = [("PROPN" if c in ("name", "town") else "NOUN", c, n) for c, (n, _, _) in _CLASSES.items()]
         counts += [("VERB", k, n) for k, (_, n, *_) in _KINDS.items()] + [("ADJ", g, n) for g, n in _ADJECTIVES.items()]
         self.concepts = [(tag, c, i) for tag, c, n in counts for i in range(n if c == "be" else n * up // down)]
@@ -60,17 +60,6 @@ class _Grammar:
         self.roles = {v: _KINDS[k][3:] for v, k in self.kind.items()}
         self.cls = {n: c for c in _CLASSES for n in self.of[c]}
         self.called = self._names()
-        self.verbs = {(k, t): Table(self._share(k, t, 1)) for k in _KINDS for t in T}
-        pools = {pool for _, _, s, o, _, x in _KINDS.values() for pool in (s, o, x) if pool}
-        self.nouns = {(pool, t): Table({n: w for c in pool.split() for n, w in self._share(c, t, _CLASSES[c][1]).items()})
-                      for pool in sorted(pools) for t in T}
-        self.adjectives = {c: Table({a: _ZIPF // (i + 1) for i, a in enumerate(self.of[g])}) for c, (_, _, g) in _CLASSES.items()}
-        self.surnames = Table({n: _ZIPF // (i + 4) for i, n in enumerate(reversed(self.of["town"]))})
-        self.kinds = Table({k: w for k, (w, *_) in _KINDS.items()})
-        self.shapes, self.surname, self.numerals = Table(_SHAPE), Table(_SURNAME), Table(_NUMERAL)
-        self.lengths, self.tenses, self.nots, self.topic = Table(_LENGTH), Table(_TENSE), Table(_NOT), Table(dict.fromkeys(T, 1))
-        self.lexicons = {}
-        for code, L in LANGUAGES.items(): self.lexicons[code] = Lexicon(self, code, self.lexicons.get(L.parent))
 
     def _share(self, cls: str, topic: int, weight: int) -> dict[int, int]:
         "Integer weights of a class's words in a topic, summing to (nearly) weight * 2**40."
@@ -84,18 +73,36 @@ class _Grammar:
         out, sounds = {}, LANGUAGES["a"]
         for cls in ("name", "town"):
             for id in self.of[cls]:
-                tries = (_stem(sounds, (self.seed, cls, id, n), 2 + n // 20) for n in range(200))
+                tries = (stem(sounds, (self.seed, cls, id, n), 2 + n // 20) for n in range(200))
                 tries = ((s[:-1] if cls == "name" else s).capitalize() for s in tries)
                 out[id] = next(s for s in tries if s not in out.values())
         return out
 
-# %% ../../nbs/core/40_world.ipynb #ac71be7c
-class _Drawing(_Grammar):
-    "Frames and documents, each from dice of its own."
+# %% ../../nbs/core/40_world.ipynb #4ca06f84
+class _Grammar(_Things):
+    "All distributions of a world, and its three lexicons."
+    def __init__(self, size: str, seed: int):
+        super().__init__(size, seed)
+        T = range(self.topics)
+        self.verbs = {(k, t): Table(self._share(k, t, 1)) for k in _KINDS for t in T}
+        pools = {pool for _, _, s, o, _, x in _KINDS.values() for pool in (s, o, x) if pool}
+        self.nouns = {(pool, t): Table({n: w for c in pool.split() for n, w in self._share(c, t, _CLASSES[c][1]).items()})
+                      for pool in sorted(pools) for t in T}
+        self.adjectives = {c: Table({a: _ZIPF // (i + 1) for i, a in enumerate(self.of[g])}) for c, (_, _, g) in _CLASSES.items()}
+        self.surnames = Table({n: _ZIPF // (i + 4) for i, n in enumerate(reversed(self.of["town"]))})
+        self.kinds = Table({k: w for k, (w, *_) in _KINDS.items()})
+        self.shapes, self.surname, self.numerals = Table(_SHAPE), Table(_SURNAME), Table(_NUMERAL)
+        self.lengths, self.tenses, self.nots, self.topic = Table(_LENGTH), Table(_TENSE), Table(_NOT), Table(dict.fromkeys(T, 1))
+        self.lexicons = {}
+        for code, L in LANGUAGES.items(): self.lexicons[code] = Lexicon(code, self.concepts, self.called, seed, self.lexicons.get(L.parent))
+
+# %% ../../nbs/core/40_world.ipynb #62526b3f
+class _Cores(_Grammar):
+    "What happens, and in which split."
     def _split(self, verb: int, adjective: int, *nouns: int) -> str:
         key = self.seed
-        for x in (verb, adjective, *nouns): key = (key * 0x10001 + x + 2) & _ALL
-        return "train" if scramble(key * 0x9E3779B97F4A7C15 & _ALL) % _VALID else "valid"
+        for x in (verb, adjective, *nouns): key = key * 0x10001 + x + 2
+        return "train" if hash64(key) % _VALID else "valid"
 
     def _core(self, dice: Dice, topic: int, split: str, kind: str = "", verb: int = -1) -> tuple:
         "Verb, predicate adjective (-1: none) and nouns (-1: none) of a frame of this split."
@@ -109,6 +116,9 @@ class _Drawing(_Grammar):
             adjective = dice.pick(self.adjectives[self.cls[s]]) if k == "be" else -1
             if split == "all" or self._split(v, adjective, s, o, x) == split: return v, adjective, (s, o, x)
 
+# %% ../../nbs/core/40_world.ipynb #9e047f56
+class _Drawing(_Cores):
+    "Frames and documents, each from dice of its own."
     def _phrase(self, dice: Dice, noun: int) -> tuple | None:
         "A noun phrase around a noun; None where there is none."
         if noun < 0: return None
@@ -130,9 +140,9 @@ class _Drawing(_Grammar):
     def _say(self, lang: str, frame: tuple, tense: int) -> list[str]:
         return render(self.lexicons[lang], frame, tense, self.roles[frame[0]][1])
 
-# %% ../../nbs/core/40_world.ipynb #068bac4b
-class _Probability(_Drawing):
-    "Exact probabilities of frames and texts, in bits."
+# %% ../../nbs/core/40_world.ipynb #d202ea2f
+class _FrameBits(_Drawing):
+    "Exact probabilities of frames, in bits."
     def _phrase_bits(self, part: tuple) -> float:
         noun, number, det, extra = part
         cls = self.cls[noun]
@@ -153,6 +163,9 @@ class _Probability(_Drawing):
         return common, [self.verbs[kind, t].bits[verb] + sum(self.nouns[pool, t].bits.get(n, -inf) for pool, n in pools)
                         for t in range(self.topics)]
 
+# %% ../../nbs/core/40_world.ipynb #7b259260
+class _TextBits(_FrameBits):
+    "Exact probabilities of texts, in bits."
     def _text_bits(self, lex: Lexicon, text: str) -> float:
         *sentences, rest = (text + " ").split(" . ")
         if rest or len(sentences) not in self.lengths.bits: return -inf
@@ -164,56 +177,15 @@ class _Probability(_Drawing):
         return (self.tenses.bits[read[0][0]] + self.lengths.bits[len(read)] + sum(common)
                 + best + log2(sum(2 ** (s - best) for s in scores)))
 
-# %% ../../nbs/core/40_world.ipynb #d963969c
-def _weaker(frame: tuple) -> tuple:
-    "What a frame entails: less is said about the things in it."
-    verb, denied, adjective, parts = frame
-    less = lambda p: p if p is None or p[1:3] == (0, 0) and p[3] < 0 else (p[0], p[1], 0, -1)
-    return verb, denied, adjective, tuple(p if i and denied else less(p) for i, p in enumerate(parts))
-
-class _Labels(_Probability):
-    "What a frame says about its words, in the words of each task."
-    def _parse_string(self, frame: tuple, tense: int) -> str:
-        name = lambda id: f"{self.concepts[id][1]}{self.concepts[id][2]}"
-        verb, denied, adjective, parts = frame
-        out = ["(", name(verb), ("present", "past")[tense]] + ["not"] * denied + ([name(adjective)] if adjective >= 0 else [])
-        for role, p in zip(("subject", "object", "goal"), parts):
-            if p is None: continue
-            out += ["(", role, name(p[0])]
-            if self.cls[p[0]] not in ("name", "town"): out += [("one", "many")[p[1]], ("a", "the")[p[2]] if p[2] < 2 else str(p[2])]
-            out += ([name(p[3])] if p[3] >= 0 else []) + [")"]
-        return " ".join([*out, ")"])
-
-    def _tags(self, lang: str, words: list[str], task: str) -> list[str]:
-        read = self.lexicons[lang].reading
-        tags = [("NUM" if w.isdigit() else "PUNCT") if w not in read else "AUX" if read[w][1] == self.of["be"][0] else read[w][0] for w in words]
-        if task == "pos": return ["PROPN" if t in ("name", "town") else t for t in tags]
-        return ["B-PER" if t == "name" else "O" if t != "town" else "I-PER" if before == "name" else "B-LOC"
-                for before, t in zip(["", *tags], tags)]
-
-    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
-        "(premise, hypothesis, label)."
-        while _weaker(frame) == frame: frame = self._frame(dice, topic, split)  # else a copy would mean entailment
-        flip = lambda f: (f[0], 1 - f[1], *f[2:])
-        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
-        if label == "entailment": return frame, _weaker(frame), label
-        if label == "contradiction": return frame, flip(frame), label
-        nouns, other = [p and p[0] for p in frame[3]], frame
-        while [p and p[0] for p in other[3]] == nouns: other = self._frame(dice, topic, split, self.kind[frame[0]], frame[0])
-        other = (frame[0], frame[1], other[2], other[3])
-        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
-
-# %% ../../nbs/core/40_world.ipynb #3f959250
-class World(_Labels):
-    "Three languages about one world: documents without end, labels, parallel sentences, and exact probabilities."
+# %% ../../nbs/core/40_world.ipynb #9d54fbca
+class _Documents(_TextBits):
+    "Text without end."
     def __init__(self,
                  size: str = "default",   # 'default': some 600 stems a language; 'large': some 5,000
                  seed: int = 0):          # another seed is another world: other words, other dice
         if size not in _SIZES: raise unknown("size of the world", size, _SIZES)
         if not isinstance(seed, int): raise Refusal(f"the seed {seed!r} is not an integer", "give a whole number")
         super().__init__(size, seed)
-
-    languages = tuple(LANGUAGES)
 
     def _check(self, lang: str, split: str = "train") -> Lexicon:
         if lang not in LANGUAGES: raise unknown("language", lang, LANGUAGES)
@@ -222,6 +194,9 @@ class World(_Labels):
 
     def _dice(self, *key: int | str) -> Dice: return Dice(self.seed, self.size, *key)
 
+# %% ../../nbs/core/40_world.ipynb #1b945c06
+class _Stream(_Documents):
+    "Documents one after the other."
     def documents(self,
                   lang: str,                   # 'a', 'b' or 'c'
                   split: str = "train",        # 'train', 'valid', or 'all' for the grammar without splits
@@ -239,6 +214,9 @@ class World(_Labels):
             yield " ".join(tokens)
             words, i = words - len(tokens), i + 1
 
+# %% ../../nbs/core/40_world.ipynb #46c92127
+class _Texts(_Stream):
+    "Texts and what they weigh."
     def logp(self,
              text: str,         # one document, as `documents` yields them
              lang: str,         # its language
@@ -256,6 +234,52 @@ class World(_Labels):
         texts = list(islice(self.documents(lang, split), documents) if isinstance(documents, int) else documents)
         if not texts: raise Refusal("a floor needs at least one document", "give some, or their number")
         return -sum(self.logp(t, lang) for t in texts) / sum(len(t.split(" ")) for t in texts)
+
+# %% ../../nbs/core/40_world.ipynb #9d896cd5
+def _weaker(frame: tuple) -> tuple:
+    "What a frame entails: less is said about the things in it."
+    verb, denied, adjective, parts = frame
+    less = lambda p: p if p is None or p[1:3] == (0, 0) and p[3] < 0 else (p[0], p[1], 0, -1)
+    return verb, denied, adjective, tuple(p if i and denied else less(p) for i, p in enumerate(parts))
+
+# %% ../../nbs/core/40_world.ipynb #c8561267
+class _Labels(_Texts):
+    "What a frame says about its words, in the words of each task."
+    def _parse_string(self, frame: tuple, tense: int) -> str:
+        name = lambda id: f"{self.concepts[id][1]}{self.concepts[id][2]}"
+        verb, denied, adjective, parts = frame
+        out = ["(", name(verb), ("present", "past")[tense]] + ["not"] * denied + ([name(adjective)] if adjective >= 0 else [])
+        for role, p in zip(("subject", "object", "goal"), parts):
+            if p is None: continue
+            out += ["(", role, name(p[0])]
+            if self.cls[p[0]] not in ("name", "town"): out += [("one", "many")[p[1]], ("a", "the")[p[2]] if p[2] < 2 else str(p[2])]
+            out += ([name(p[3])] if p[3] >= 0 else []) + [")"]
+        return " ".join([*out, ")"])
+
+    def _tags(self, lang: str, words: list[str], task: str) -> list[str]:
+        read = self.lexicons[lang].reading
+        tag = lambda w: ("NUM" if w.isdigit() else "PUNCT") if w not in read else "AUX" if read[w][1] == self.of["be"][0] else read[w][0]
+        tags = [tag(w) for w in words]
+        if task == "pos": return ["PROPN" if t in ("name", "town") else t for t in tags]
+        return ["B-PER" if t == "name" else "O" if t != "town" else "I-PER" if before == "name" else "B-LOC"
+                for before, t in zip(["", *tags], tags)]
+
+    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
+        "(premise, hypothesis, label)."
+        while _weaker(frame) == frame: frame = self._frame(dice, topic, split)  # else a copy would mean entailment
+        flip = lambda f: (f[0], 1 - f[1], *f[2:])
+        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
+        if label == "entailment": return frame, _weaker(frame), label
+        if label == "contradiction": return frame, flip(frame), label
+        nouns, other = [p and p[0] for p in frame[3]], frame
+        while [p and p[0] for p in other[3]] == nouns: other = self._frame(dice, topic, split, self.kind[frame[0]], frame[0])
+        other = (frame[0], frame[1], other[2], other[3])
+        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
+
+# %% ../../nbs/core/40_world.ipynb #041bc750
+class World(_Labels):
+    "Three languages about one world: documents without end, labels, parallel sentences, and exact probabilities."
+    languages = tuple(LANGUAGES)
 
     def labelled(self,
                  lang: str,                # the language
