@@ -35,7 +35,7 @@ class Tensor:
         for s in self.shape: n *= s
         return n
 
-# %% ../../nbs/core/05_layout.ipynb #02ec4a2a
+# %% ../../nbs/core/05_layout.ipynb #9e89899c
 @dataclass(frozen=True)
 class _Row:
     name: str; role: str; axes: tuple[str, ...]; out: int | None
@@ -56,10 +56,11 @@ def _rows(text: str) -> list[_Row]:
         axes = tuple(a for a in axes if a not in "<>")
         stem, both = name.removesuffix("|bias"), name.endswith(".weight|bias")
         rows.append(_Row(stem, role, axes, out, tie, section+when, optional, stack))
-        if both: rows.append(replace(rows[-1], name=stem[:-len("weight")]+"bias", role=role+".bias", axes=(axes[out or 0],), out=None, tie=None))
+        bias = dict(name=stem.removesuffix("weight")+"bias", role=role+".bias", axes=(axes[out or 0],), out=None, tie=None)
+        if both: rows.append(replace(rows[-1], **bias))
     return rows
 
-# %% ../../nbs/core/05_layout.ipynb #6cd088b4
+# %% ../../nbs/core/05_layout.ipynb #ee62a988
 @dataclass(frozen=True)
 class Family:
     "One table, and how to read it."
@@ -76,9 +77,22 @@ class Family:
         "The classes of a model type that the table explains."
         return [self.models[model_type] + end for end in self.parts]
 
+# %% ../../nbs/core/05_layout.ipynb #d4de1739
 def _size(axis: str, stack: str, sizes: dict[str, int]) -> int:
     return sum(sizes.get(f"{stack}.{a}", sizes.get(a)) if a != "one" else 1 for a in axis.split("+"))
 
+def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
+    "Each row with each layer it stands in; None for rows outside the layers."
+    i = 0
+    while i < len(rows):
+        j = i
+        while j < len(rows) and "{" in rows[j].name and rows[j].stack == rows[i].stack: j += 1
+        if i == j: yield rows[i], None; i += 1; continue
+        for layer in range(_size("layers", rows[i].stack, sizes)):
+            yield from ((r, layer) for r in rows[i:j] if layer == 0 or "{0}" not in r.name)
+        i = j
+
+# %% ../../nbs/core/05_layout.ipynb #8c5c33ca
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     facts = family.read(config)
@@ -97,19 +111,7 @@ def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, 
         tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
     return tensors, sizes
 
-# %% ../../nbs/core/05_layout.ipynb #924dbcae
-def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
-    "Each row with each layer it stands in; None for rows outside the layers."
-    i = 0
-    while i < len(rows):
-        j = i
-        while j < len(rows) and "{" in rows[j].name and rows[j].stack == rows[i].stack: j += 1
-        if i == j: yield rows[i], None; i += 1; continue
-        for layer in range(_size("layers", rows[i].stack, sizes)):
-            yield from ((r, layer) for r in rows[i:j] if layer == 0 or "{0}" not in r.name)
-        i = j
-
-# %% ../../nbs/core/05_layout.ipynb #21ee89d2
+# %% ../../nbs/core/05_layout.ipynb #191c4506
 @dataclass(frozen=True)
 class Layout:
     "All tensors of one model by name, role, place and axes."
@@ -134,21 +136,31 @@ class Layout:
     def storage(self, t: Tensor) -> Tensor:
         "The tensor that holds the numbers of `t`: itself, unless it is tied."
         return self.storage(self.tensors[t.tied]) if t.tied else t
-    def find(self, role: str,                   # a role, or a pattern with stars
-             stack: str | None = None, layer: int | None = None) -> list[Tensor]:
-        "All tensors of a role, tied ones included."
-        return [t for t in self.tensors.values()
-                if fnmatchcase(t.role, role) and stack in (None, t.stack) and layer in (None, t.layer)]
-    def one(self, role: str, stack: str | None = None, layer: int | None = None) -> Tensor:
-        "The one tensor of a role; stored ones go before tied ones."
-        found = self.find(role, stack, layer)
-        if not found: raise unknown(f"tensor in {self.architecture} of role", role, {t.role for t in self.tensors.values()})
-        stored = [t for t in found if not t.tied] or found
-        if len(stored) > 1: raise Refusal(f"{self.architecture} has {len(stored)} tensors of role {role}", "say of which stack or layer")
-        return stored[0]
-    def untied(self, names: Iterable[str]) -> "Layout":
-        "The same layout with some tied tensors on their own: for checkpoints that store them with other numbers."
-        return replace(self, tensors={n: replace(t, tied=None) if n in set(names) else t for n, t in self.tensors.items()})
+
+# %% ../../nbs/core/05_layout.ipynb #2cf75a1d
+def _find(self: Layout,
+          role: str,                  # a role, or a pattern with stars
+          stack: str | None = None,   # any, or only this
+          layer: int | None = None,
+          ) -> list[Tensor]:
+    "All tensors of a role, tied ones included."
+    return [t for t in self.tensors.values()
+            if fnmatchcase(t.role, role) and stack in (None, t.stack) and layer in (None, t.layer)]
+
+def _one(self: Layout, role: str, stack: str | None = None, layer: int | None = None) -> Tensor:
+    "The one tensor of a role; stored ones go before tied ones."
+    found = self.find(role, stack, layer)
+    if not found: raise unknown(f"tensor in {self.architecture} of role", role, {t.role for t in self.tensors.values()})
+    stored = [t for t in found if not t.tied] or found
+    if len(stored) > 1: raise Refusal(f"{self.architecture} has {len(stored)} tensors of role {role}", "say of which stack or layer")
+    return stored[0]
+
+def _untied(self: Layout, names: Iterable[str]) -> Layout:
+    "The same layout with some tied tensors on their own: for checkpoints that store them with other numbers."
+    names = set(names)
+    return replace(self, tensors={n: replace(t, tied=None) if n in names else t for n, t in self.tensors.items()})
+
+Layout.find, Layout.one, Layout.untied = _find, _one, _untied
 
 # %% ../../nbs/core/05_layout.ipynb #3bf75efc
 _WORD = re.compile(r"(?:(?P<stack>\w+)/)?(?P<role>[\w.]*)(?:@(?P<first>\d+)(?:-(?P<last>\d+))?)?")
@@ -222,7 +234,7 @@ def _check(self: Layout,
 
 Layout.check = _check
 
-# %% ../../nbs/core/05_layout.ipynb #60ed9ad5
+# %% ../../nbs/core/05_layout.ipynb #77bdf312
 @cache
 def _families() -> dict[str, Family]:
     "model_type -> Family, from the modules of `seqwarm.families`."
@@ -230,6 +242,7 @@ def _families() -> dict[str, Family]:
     tables = [importlib.import_module(f"seqwarm.families.{m.name}").FAMILY for m in pkgutil.iter_modules(package.__path__)]
     return {model: f for f in tables for model in f.models}
 
+# %% ../../nbs/core/05_layout.ipynb #9b62a54e
 def _filled(config: Any) -> dict:
     "The config as a dict with its defaults; refused where no table serves it."
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
@@ -242,6 +255,7 @@ def _filled(config: Any) -> dict:
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
+# %% ../../nbs/core/05_layout.ipynb #11c4d216
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
            ) -> Layout:

@@ -183,7 +183,7 @@ def lineage(cards: Any,         # a card, or several: each with .id, .cost and .
                 raise Refusal(f"two cards differ in what checkpoint {key} cost", "one of them was edited; take it from its run")
     return sum(costs.values(), Cost())
 
-# %% ../../nbs/core/70_ledger.ipynb #2b23f795
+# %% ../../nbs/core/70_ledger.ipynb #393550e7
 def crossing(xs: Sequence[float],       # steps, tokens or FLOPs, rising
              ys: Sequence[float],       # loss at each
              level: float,
@@ -197,6 +197,7 @@ def crossing(xs: Sequence[float],       # steps, tokens or FLOPs, rising
         before = x, y
     return None
 
+# %% ../../nbs/core/70_ledger.ipynb #cdc2d529
 def _column(history: Any, name: str) -> list[float]:
     "A column of a data frame, a dict of lists, or a list of rows."
     rows = isinstance(history, Sequence)
