@@ -15,8 +15,8 @@ GPT2 = dict(vocab_size=97, n_positions=40, n_embd=64, n_layer=3, n_head=4)
 MODELS = {"GPT2LMHeadModel": GPT2, "LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA,
           "Qwen2ForCausalLM": LLAMA | dict(tie_word_embeddings=True), "Qwen3ForCausalLM": LLAMA | dict(head_dim=24),
           "BertForMaskedLM": BERT, "BertModel": BERT, "BertForSequenceClassification": BERT, "RobertaForMaskedLM": BERT,
-          "RobertaForSequenceClassification": BERT, "RobertaForTokenClassification": BERT, "BartForConditionalGeneration": BART, "T5ForConditionalGeneration": T5,
-          "T5EncoderModel": T5 | dict(feed_forward_proj="gated-gelu")}
+          "RobertaForSequenceClassification": BERT, "RobertaForTokenClassification": BERT, "BartForConditionalGeneration": BART,
+          "T5ForConditionalGeneration": T5, "T5EncoderModel": T5 | dict(feed_forward_proj="gated-gelu")}
 FROZEN = {"nothing": [], "embeddings": ["embed"], "body": ["attn", "ffn"], "lower layers": ["embed", "attn@0-1", "ffn@0-1"],
           "all but norms": lambda t: not t.role.startswith(("attn.norm", "ffn.norm")), "values": ["attn.v"],
           "all but one norm": lambda t: t.role != "ffn.norm" or t.layer != 1,

@@ -8,7 +8,7 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/30_bert.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/30_bert.ipynb #66be315b
+# %% ../../nbs/families/30_bert.ipynb #5c1e1d73
 def _read(c: dict) -> dict:
     "Sizes and conditions from a config in the style of BERT."
     D = c["hidden_size"]
@@ -16,6 +16,7 @@ def _read(c: dict) -> dict:
                 layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
                 labels=len(c.get("id2label") or (0, 1)), two=2)
 
+# %% ../../nbs/families/30_bert.ipynb #c234865c
 FAMILY = Family("bert", {"bert": "Bert"}, prefix="bert", norm="post", read=_read,
     parts={"ForMaskedLM": "head", "LMHeadModel": "head", "ForPreTraining": "head pooler next", "Model": "pooler",
            "ForSequenceClassification": "pooler pooled", "ForTokenClassification": "tags"}, table="""

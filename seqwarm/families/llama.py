@@ -8,7 +8,7 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/20_llama.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/20_llama.ipynb #35ad7071
+# %% ../../nbs/families/20_llama.ipynb #ab382044
 def _read(c: dict) -> dict:
     "Sizes and conditions from the config of a Llama-like model."
     kind, D, H = c["model_type"], c["hidden_size"], c["num_attention_heads"]
@@ -18,6 +18,7 @@ def _read(c: dict) -> dict:
                 layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, qk_norm=kind == "qwen3",
                 mlp_bias=bool(c.get("mlp_bias")) and kind == "llama")
 
+# %% ../../nbs/families/20_llama.ipynb #2f1d6ca8
 FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}, prefix="model", norm="pre",
     read=_read, parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table="""
     .embed_tokens.weight                           embed.token     vocab hidden

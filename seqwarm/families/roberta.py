@@ -8,7 +8,7 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/40_roberta.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/40_roberta.ipynb #370a7fc1
+# %% ../../nbs/families/40_roberta.ipynb #4bc6ed2a
 def _read(c: dict) -> dict:
     "Sizes and conditions from a config in the style of BERT."
     D = c["hidden_size"]
@@ -16,6 +16,7 @@ def _read(c: dict) -> dict:
                 layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
                 labels=len(c.get("id2label") or (0, 1)))
 
+# %% ../../nbs/families/40_roberta.ipynb #7a989040
 FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post", read=_read,
     parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
            "ForTokenClassification": "tags"}, table="""
