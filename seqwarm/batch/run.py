@@ -155,7 +155,7 @@ def describe_parameters(recipe: str | Path) -> str:  # a table, one line a param
     wide = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)) + f"  {r[3]}" for r in rows)
 
-# %% ../../nbs/batch/10_run.ipynb #46349bdf
+# %% ../../nbs/batch/10_run.ipynb #065c117f
 def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dict[str, Any]:
     "Every parameter of the recipe with its value for this run."
     known, given = parameters(notebook), dict(given)
@@ -170,7 +170,7 @@ def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dic
 
 def _folder(runs: str, name: str) -> Path:
     "The folder of a run, which can be made or is one."
-    if not re.fullmatch(r"[\w][\w.+=@-]{0,200}", name): raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @")
+    if not re.fullmatch(r"\w[\w.+=@-]{0,200}", name) or name == "store": raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @ (and not 'store', where trainings are kept)")
     folder = Path(runs)/name
     for place in (folder, *folder.parents):
         if not place.exists(): continue
@@ -215,7 +215,7 @@ def _hold(folder: Path) -> Iterator[bool]:  # whether the folder is new
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #1f8d0bca
+# %% ../../nbs/batch/10_run.ipynb #789fff72
 def _machinery() -> tuple[type, type]:
     "papermill's client and book-keeper with our three differences; imported late, for they take a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -225,6 +225,9 @@ def _machinery() -> tuple[type, type]:
     from papermill.engines import NotebookExecutionManager
 
     class ThisPython(AsyncKernelManager):
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            if self.has_trait("transport_encryption"): self.transport_encryption = "auto"  # others on the machine cannot listen
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())  # argv begins with sys.executable
