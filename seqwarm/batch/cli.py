@@ -104,7 +104,7 @@ def _fetch(model: str) -> Path:
     except Exception as e:  # no such name, no network, no access: each has its own class, and a first line that says it
         raise Refusal(f"{model} is neither a folder nor found on the hub ({str(e).strip().splitlines()[0][:160]})", "check the name, or download the model first") from None
 
-# %% ../../nbs/batch/40_cli.ipynb #b0e85c05
+# %% ../../nbs/batch/40_cli.ipynb #91f4b1e5
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version: print(f"seqwarm {__version__}"); raise typer.Exit()
@@ -118,13 +118,15 @@ def main(args: list[str] | None = None) -> int:  # the exit code, when called fr
         code = result if isinstance(result, int) else 0
     except Refusal as e: line, code = str(e), 2
     except Failure as e: line, code = str(e), 1
-    except (KeyboardInterrupt, typer.Abort): line, code = "stopped; the same command goes on where it was", 130
+    except (KeyboardInterrupt, typer.Abort): code = 130
+    except SystemExit as e: code = e.code if isinstance(e.code, int) else 1
     except BrokenPipeError: code = 141
     except OSError as e: line, code = f"{e.filename or 'a file'}: {e.strerror or e}; check the path and the disk", 2
     except Exception as e:
         if not hasattr(e, "format_message"): raise  # what typer says of a wrong command line
         line, code = f"{e.format_message()} (seqwarm --help says more)", 2
         if type(e).__name__ == "NoArgsIsHelpError": print(e.format_message()); line = ""
+    if code == 130: line = "stopped; the same command goes on where it was"
     if line: print("seqwarm: " + " ".join(line.split()), file=sys.stderr)
     if console: sys.exit(code)
     return code

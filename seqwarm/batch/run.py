@@ -255,7 +255,7 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
-# %% ../../nbs/batch/10_run.ipynb #670de83e
+# %% ../../nbs/batch/10_run.ipynb #329915b7
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
@@ -264,7 +264,7 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     import nbformat
     from nbclient.exceptions import DeadKernelError
     from papermill.parameterize import parameterize_notebook
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for talker in ("papermill", "asyncio"): logging.getLogger(talker).setLevel(logging.CRITICAL)  # what they say of a dead kernel we say in one line
     client, book = _machinery()
     nb = nbformat.reads(json.dumps(_read(notebook)), as_version=4)
     for cell in nb.cells: cell.metadata.setdefault("tags", [])
@@ -276,7 +276,9 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     keeper.notebook_start()
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}
     again = f"see {folder/'notebook.ipynb'}; run again to resume"
-    try: client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams).execute()
+    wide = min(120, shutil.get_terminal_size().columns or 80)
+    environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ}  # some terminals call themselves 0 x 0, and bars vanish
+    try: client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams).execute(env=environ)
     except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
     finally: keeper.notebook_complete()
     for cell in nb.cells:
