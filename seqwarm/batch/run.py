@@ -117,7 +117,7 @@ def _parse_one(node: ast.expr, text: str) -> Any:
     if kind in ("list", "tuple"): return [_parse(_items(node), piece.strip()) for piece in text.split(",") if piece.strip()]
     raise ValueError(text)
 
-# %% ../../nbs/batch/10_run.ipynb #bf8301d8
+# %% ../../nbs/batch/10_run.ipynb #f5673ef3
 def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> parameter, in the order of the cell
     "What a recipe lets one vary, read from its cell tagged `parameters`."
     where, cells = Path(notebook), _read(notebook)["cells"]
@@ -138,7 +138,7 @@ def _parameter(node: ast.stmt, comment: str) -> Parameter:
     words = [w.strip() for w in re.split(r"[:;,(]| - ", comment, maxsplit=1)[0].split("|")]
     allowed = tuple(w.strip("'\"`") for w in words) if len(words) > 1 and all(re.fullmatch(r"\S+", w) for w in words) else ()
     found = Parameter(target.id, kind, default, comment, allowed)
-    found.check(default)
+    _types(kind, target.id); found.check(default)
     return found
 
 def _read(notebook: str | Path) -> dict:
@@ -215,7 +215,7 @@ def _hold(folder: Path) -> Iterator[bool]:  # whether the folder is new
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #789fff72
+# %% ../../nbs/batch/10_run.ipynb #801c7432
 def _machinery() -> tuple[type, type]:
     "papermill's client and book-keeper with our three differences; imported late, for they take a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -239,12 +239,14 @@ def _machinery() -> tuple[type, type]:
             self.last_save_time = self.now()
 
     class Client(PapermillNotebookClient):
+        open_line = False  # a bar stands on the terminal, not ended
         def __init__(self, book, **kw): super().__init__(book, kernel_manager_class=ThisPython, kernel_name="python3", **kw)
         def papermill_execute_cells(self):
             try: super().papermill_execute_cells()
             except BaseException: self.shutdown_kernel = "immediate"; raise  # Ctrl-C: do not wait for a busy kernel
         def output(self, outs, msg, display_id, cell_index):
             out = super().output(outs, msg, display_id, cell_index)
+            if out is not None and out.output_type == "stream": self.open_line = not out.text.endswith("\n")
             if out is not None and out.output_type == "stream" and len(outs) > 1 and outs[-2].output_type == "stream" and outs[-2].name == out.name:
                 outs[-2].text = _overwrite(outs[-2].text, out.text); outs.pop()
             return out
@@ -255,7 +257,7 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
-# %% ../../nbs/batch/10_run.ipynb #329915b7
+# %% ../../nbs/batch/10_run.ipynb #d13dacfd
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
@@ -278,9 +280,12 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     again = f"see {folder/'notebook.ipynb'}; run again to resume"
     wide = min(120, shutil.get_terminal_size().columns or 80)
     environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ}  # some terminals call themselves 0 x 0, and bars vanish
-    try: client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams).execute(env=environ)
+    runner = client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
+    try: runner.execute(env=environ)
     except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
-    finally: keeper.notebook_complete()
+    finally:
+        if show and runner.open_line: print(file=sys.stderr)
+        keeper.notebook_complete()
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             if out.output_type != "error": continue
