@@ -117,7 +117,7 @@ def _parse_one(node: ast.expr, text: str) -> Any:
     if kind in ("list", "tuple"): return [_parse(_items(node), piece.strip()) for piece in text.split(",") if piece.strip()]
     raise ValueError(text)
 
-# %% ../../nbs/batch/10_run.ipynb #bf8301d8
+# %% ../../nbs/batch/10_run.ipynb #f5673ef3
 def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> parameter, in the order of the cell
     "What a recipe lets one vary, read from its cell tagged `parameters`."
     where, cells = Path(notebook), _read(notebook)["cells"]
@@ -138,7 +138,7 @@ def _parameter(node: ast.stmt, comment: str) -> Parameter:
     words = [w.strip() for w in re.split(r"[:;,(]| - ", comment, maxsplit=1)[0].split("|")]
     allowed = tuple(w.strip("'\"`") for w in words) if len(words) > 1 and all(re.fullmatch(r"\S+", w) for w in words) else ()
     found = Parameter(target.id, kind, default, comment, allowed)
-    found.check(default)
+    _types(kind, target.id); found.check(default)
     return found
 
 def _read(notebook: str | Path) -> dict:
@@ -155,7 +155,7 @@ def describe_parameters(recipe: str | Path) -> str:  # a table, one line a param
     wide = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
     return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)) + f"  {r[3]}" for r in rows)
 
-# %% ../../nbs/batch/10_run.ipynb #46349bdf
+# %% ../../nbs/batch/10_run.ipynb #065c117f
 def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dict[str, Any]:
     "Every parameter of the recipe with its value for this run."
     known, given = parameters(notebook), dict(given)
@@ -170,7 +170,7 @@ def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dic
 
 def _folder(runs: str, name: str) -> Path:
     "The folder of a run, which can be made or is one."
-    if not re.fullmatch(r"[\w][\w.+=@-]{0,200}", name): raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @")
+    if not re.fullmatch(r"\w[\w.+=@-]{0,200}", name) or name == "store": raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @ (and not 'store', where trainings are kept)")
     folder = Path(runs)/name
     for place in (folder, *folder.parents):
         if not place.exists(): continue
@@ -215,7 +215,7 @@ def _hold(folder: Path) -> Iterator[bool]:  # whether the folder is new
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #1f8d0bca
+# %% ../../nbs/batch/10_run.ipynb #801c7432
 def _machinery() -> tuple[type, type]:
     "papermill's client and book-keeper with our three differences; imported late, for they take a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -225,6 +225,9 @@ def _machinery() -> tuple[type, type]:
     from papermill.engines import NotebookExecutionManager
 
     class ThisPython(AsyncKernelManager):
+        def __init__(self, **kw):
+            super().__init__(**kw)
+            if self.has_trait("transport_encryption"): self.transport_encryption = "auto"  # others on the machine cannot listen
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())  # argv begins with sys.executable
@@ -236,12 +239,14 @@ def _machinery() -> tuple[type, type]:
             self.last_save_time = self.now()
 
     class Client(PapermillNotebookClient):
+        open_line = False  # a bar stands on the terminal, not ended
         def __init__(self, book, **kw): super().__init__(book, kernel_manager_class=ThisPython, kernel_name="python3", **kw)
         def papermill_execute_cells(self):
             try: super().papermill_execute_cells()
             except BaseException: self.shutdown_kernel = "immediate"; raise  # Ctrl-C: do not wait for a busy kernel
         def output(self, outs, msg, display_id, cell_index):
             out = super().output(outs, msg, display_id, cell_index)
+            if out is not None and out.output_type == "stream": self.open_line = not out.text.endswith("\n")
             if out is not None and out.output_type == "stream" and len(outs) > 1 and outs[-2].output_type == "stream" and outs[-2].name == out.name:
                 outs[-2].text = _overwrite(outs[-2].text, out.text); outs.pop()
             return out
@@ -252,7 +257,7 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
-# %% ../../nbs/batch/10_run.ipynb #670de83e
+# %% ../../nbs/batch/10_run.ipynb #d13dacfd
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
@@ -261,7 +266,7 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     import nbformat
     from nbclient.exceptions import DeadKernelError
     from papermill.parameterize import parameterize_notebook
-    logging.getLogger("papermill").setLevel(logging.ERROR)
+    for talker in ("papermill", "asyncio"): logging.getLogger(talker).setLevel(logging.CRITICAL)  # what they say of a dead kernel we say in one line
     client, book = _machinery()
     nb = nbformat.reads(json.dumps(_read(notebook)), as_version=4)
     for cell in nb.cells: cell.metadata.setdefault("tags", [])
@@ -273,9 +278,14 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     keeper.notebook_start()
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}
     again = f"see {folder/'notebook.ipynb'}; run again to resume"
-    try: client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams).execute()
+    wide = min(120, shutil.get_terminal_size().columns or 80)
+    environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ}  # some terminals call themselves 0 x 0, and bars vanish
+    runner = client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
+    try: runner.execute(env=environ)
     except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
-    finally: keeper.notebook_complete()
+    finally:
+        if show and runner.open_line: print(file=sys.stderr)
+        keeper.notebook_complete()
     for cell in nb.cells:
         for out in cell.get("outputs", []):
             if out.output_type != "error": continue
