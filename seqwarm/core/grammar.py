@@ -9,6 +9,27 @@ __all__ = ['SIZES', 'Grammar']
 from math import inf, log2
 from .language import LANGUAGES, Dice, Lexicon, Table, hash64, parse, render, stem
 
+# %% ../../nbs/core/38_grammar.ipynb #9f2c409c
+_CLASSES = {  # class: (words in the default size, weight, kind of adjective); names and towns are not inflected
+    "person": (28, 2, "lively"), "animal": (28, 2, "lively"), "plant": (28, 1, "ripe"),  "food": (28, 2, "ripe"),
+    "tool":   (28, 2, "solid"),  "vehicle": (28, 1, "solid"), "stuff": (28, 1, "solid"), "place": (28, 3, "wide"),
+    "text":   (28, 2, "clear"),  "idea": (28, 1, "clear"),    "name": (45, 1, "lively"), "town": (45, 1, "wide")}
+_ADJECTIVES = {"lively": 18, "ripe": 18, "solid": 18, "wide": 18, "clear": 18}
+_KINDS = {  # kind: (weight, verbs, subject, object, preposition, goal)
+    "eat":   (8, 14, "person animal name", "food plant", "", ""),
+    "hold":  (6, 12, "person name", "tool stuff", "", ""),
+    "tend":  (5, 10, "person name", "animal plant", "", ""),
+    "drive": (3, 6,  "person name", "vehicle", "", ""),
+    "read":  (5, 10, "person name", "text idea", "", ""),
+    "build": (4, 8,  "person name", "tool vehicle", "in", "place town"),
+    "give":  (5, 10, "person name", "food tool text", "to", "person name"),
+    "go":    (8, 14, "person animal vehicle name", "", "to", "place town"),
+    "live":  (5, 6,  "person animal name", "", "in", "place town"),
+    "rest":  (5, 12, "person animal name", "", "", ""),
+    "grow":  (3, 6,  "plant food", "", "", ""),
+    "break": (3, 6,  "tool vehicle stuff", "", "", ""),
+    "be":    (8, 1,  "person animal plant food tool vehicle place text idea name", "", "", "")}  # takes an adjective
+
 # %% ../../nbs/core/38_grammar.ipynb #ef495289
 _ZIPF = 2520 * 64                # weight of rank r (with T topics, Mandelbrot's offset): _ZIPF // (r + T)
 _SHARP = 32                      # how much likelier a noun or verb is in the topic where it is at home
