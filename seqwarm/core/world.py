@@ -78,8 +78,23 @@ def _weaker(frame: tuple) -> tuple:
     less = lambda p: p if p is None or p[1:3] == (0, 0) and p[3] < 0 else (p[0], p[1], 0, -1)
     return verb, denied, adjective, tuple(p if i and denied else less(p) for i, p in enumerate(parts))
 
-# %% ../../nbs/core/40_world.ipynb #b247ab69
-class _Labels(_Texts):
+# %% ../../nbs/core/40_world.ipynb #097c9374
+class _Pairs(_Texts):
+    "Premise and hypothesis."
+    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
+        "(premise, hypothesis, label)."
+        while _weaker(frame) == frame: frame = self.frame(dice, topic, split)  # else a copy would mean entailment
+        flip = lambda f: (f[0], 1 - f[1], *f[2:])
+        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
+        if label == "entailment": return frame, _weaker(frame), label
+        if label == "contradiction": return frame, flip(frame), label
+        nouns, other = [p and p[0] for p in frame[3]], frame
+        while [p and p[0] for p in other[3]] == nouns: other = self.frame(dice, topic, split, self.kind[frame[0]], frame[0])
+        other = (frame[0], frame[1], other[2], other[3])
+        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
+
+# %% ../../nbs/core/40_world.ipynb #e8f6d472
+class _Labels(_Pairs):
     "What a frame says about its words, in the words of each task."
     def _parse_string(self, frame: tuple, tense: int) -> str:
         name = lambda id: f"{self.concepts[id][1]}{self.concepts[id][2]}"
@@ -100,20 +115,21 @@ class _Labels(_Texts):
         return ["B-PER" if t == "name" else "O" if t != "town" else "I-PER" if before == "name" else "B-LOC"
                 for before, t in zip(["", *tags], tags)]
 
-    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
-        "(premise, hypothesis, label)."
-        while _weaker(frame) == frame: frame = self.frame(dice, topic, split)  # else a copy would mean entailment
-        flip = lambda f: (f[0], 1 - f[1], *f[2:])
-        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
-        if label == "entailment": return frame, _weaker(frame), label
-        if label == "contradiction": return frame, flip(frame), label
-        nouns, other = [p and p[0] for p in frame[3]], frame
-        while [p and p[0] for p in other[3]] == nouns: other = self.frame(dice, topic, split, self.kind[frame[0]], frame[0])
-        other = (frame[0], frame[1], other[2], other[3])
-        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
+# %% ../../nbs/core/40_world.ipynb #83771c31
+class _Examples(_Labels):
+    "One example of a task, from dice of its own."
+    def _example(self, lang: str, task: str, split: str, dice: Dice) -> dict:
+        topic, tense, frames = self.document(dice, split, 0 if task == "topic" else 1)
+        say = lambda frame: self.say(lang, frame, tense)
+        if task == "topic": return {"text": " ".join(w for f in frames for w in say(f)), "label": f"topic{topic}"}
+        if task == "parse": return {"text": " ".join(say(frames[0])), "label": self._parse_string(frames[0], tense)}
+        if task == "entailment":
+            premise, hypothesis, label = self._pair(dice, topic, frames[0], split)
+            return {"premise": " ".join(say(premise)), "hypothesis": " ".join(say(hypothesis)), "label": label}
+        return {"tokens": (tokens := say(frames[0])), "labels": self._tags(lang, tokens, task)}
 
-# %% ../../nbs/core/40_world.ipynb #7e62b461
-class World(_Labels):
+# %% ../../nbs/core/40_world.ipynb #44659003
+class World(_Examples):
     "Three languages about one world: documents without end, labels, parallel sentences, and exact probabilities."
     languages = tuple(LANGUAGES)
 
@@ -128,16 +144,6 @@ class World(_Labels):
         self._check(lang, split)
         if task not in (tasks := ("pos", "entities", "topic", "entailment", "parse")): raise unknown("task", task, tasks)
         return [self._example(lang, task, split, self._dice(task, lang, split, i)) for i in range(start, start + n)]
-
-    def _example(self, lang: str, task: str, split: str, dice: Dice) -> dict:
-        topic, tense, frames = self.document(dice, split, 0 if task == "topic" else 1)
-        say = lambda frame: self.say(lang, frame, tense)
-        if task == "topic": return {"text": " ".join(w for f in frames for w in say(f)), "label": f"topic{topic}"}
-        if task == "parse": return {"text": " ".join(say(frames[0])), "label": self._parse_string(frames[0], tense)}
-        if task == "entailment":
-            premise, hypothesis, label = self._pair(dice, topic, frames[0], split)
-            return {"premise": " ".join(say(premise)), "hypothesis": " ".join(say(hypothesis)), "label": label}
-        return {"tokens": (tokens := say(frames[0])), "labels": self._tags(lang, tokens, task)}
 
     def parallel(self,
                  a: str,                   # one language
