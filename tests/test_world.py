@@ -139,7 +139,7 @@ def test_sizes_and_shared_words(world):
     for w in (world, large):  # of all forms; a text shows the common ones, and of a large vocabulary never the same
         words = {x: w.lexicons[x].reading.keys() for x in LANGS}
         assert 1 / 3 < len(words["a"] & words["b"]) / len(words["b"]) < 1 / 2 and len(words["a"] & words["c"]) / len(words["c"]) < 0.05
-    words = {x: set(" ".join(world.documents(x, words=60_000)).split(" ")) for x in LANGS}
+    words = {x: set(" ".join(world.documents(x, words=120_000)).split(" ")) for x in LANGS}
     share = lambda x, y: len(words[x] & words[y]) / len(words[y])
     assert 1 / 3 < share("a", "b") < 1 / 2 and share("a", "c") < 0.05
     assert all(t == "." or t.isdigit() or (t.isascii() and t[0].isupper()) for t in words["a"] & words["c"])
