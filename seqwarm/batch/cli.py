@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #67b8ec8b
+# %% ../../nbs/batch/40_cli.ipynb #86c76667
 @app.command("describe")
 def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, a config.json, or a name on the Hugging Face hub.")],
               length: Annotated[int, typer.Option(help="Tokens in the sequence at which attention is counted.", min=1)] = 512) -> None:
@@ -99,10 +99,15 @@ def _layout(model: str) -> "Layout":
     return layout(config)
 
 def _fetch(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(model, "config.json"))
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        try: return Path(hf_hub_download(model, "config.json", local_files_only=True))
+        except LocalEntryNotFoundError: HfApi().model_info(model, timeout=10)  # says at once what downloading says after five retries
+        return Path(hf_hub_download(model, "config.json"))
     except Exception as e:  # no such name, no network, no access: each has its own class, and a first line that says it
-        raise Refusal(f"{model} is neither a folder nor found on the hub ({str(e).strip().splitlines()[0][:160]})", "check the name, or download the model first") from None
+        said = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        raise Refusal(f"{model} is no folder here, and was not found on the hub ({said})", "check the name, or download the model first") from None
 
 # %% ../../nbs/batch/40_cli.ipynb #91f4b1e5
 @app.callback(invoke_without_command=True)

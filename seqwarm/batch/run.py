@@ -179,7 +179,7 @@ def _folder(runs: str, name: str) -> Path:
         return folder
     return folder
 
-# %% ../../nbs/batch/10_run.ipynb #a4eb915e
+# %% ../../nbs/batch/10_run.ipynb #c02ce2bc
 def _before(folder: Path, recipe: str, wishes: dict[str, Any]) -> dict | None:  # the record of the finished run, if it is
     "What an earlier run left in the folder; a Refusal if that was another run."
     record, was = _json(folder/"record.json"), (_json(folder/"notebook.ipynb") or {}).get("metadata", {}).get("seqwarm")
@@ -202,9 +202,9 @@ def _json(path: Path) -> dict | None:
 def _free(folder: Path) -> str: return next(f"{folder.name}-{i}" for i in range(2, 10**6) if not folder.with_name(f"{folder.name}-{i}").exists())
 
 @contextmanager
-def _hold(folder: Path) -> Iterator[bool]:  # whether the folder is new
-    "Keep other runners out of the folder; a folder that was new and has come to nothing goes away again."
-    new = not folder.exists()
+def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be made, the innermost first
+    "Keep other runners out of the folder while this one works in it."
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
@@ -293,7 +293,7 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
             said = (" ".join(out.evalue.split()) or "no message")[:300]
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
 
-# %% ../../nbs/batch/10_run.ipynb #d4485f4f
+# %% ../../nbs/batch/10_run.ipynb #5d302078
 def run(recipe: str | Path,                  # its name, or a path to a notebook
         parameters: dict[str, Any] | None = None,  # what differs from the notebook's own values
         scale: str | None = None,            # smoke | demo | full
@@ -311,7 +311,10 @@ def run(recipe: str | Path,                  # its name, or a path to a notebook
     with _hold(folder) as new:
         try: _execute(notebook, folder, wishes, show)
         except Refusal:
-            if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")): shutil.rmtree(folder)
+            if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")):
+                shutil.rmtree(folder)
+                for outer in new[1:]:
+                    if not any(outer.iterdir()): outer.rmdir()
             raise
     record = _json(folder/"record.json") or {}
     if show: _say(folder, record)
