@@ -8,19 +8,22 @@ from seqwarm.core.ledger import Cost, crossing, describe, flops, lineage, saved,
 B, S, T = 2, 24, 16    # sequences, tokens of the source, tokens of the target
 LLAMA = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
 BERT = dict(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, max_position_embeddings=40)
-BART = dict(vocab_size=97, d_model=64, encoder_ffn_dim=96, decoder_ffn_dim=80, encoder_layers=2, decoder_layers=3, encoder_attention_heads=2,
-            decoder_attention_heads=4, max_position_embeddings=40)
+BART = dict(vocab_size=97, d_model=64, encoder_ffn_dim=96, decoder_ffn_dim=80, encoder_layers=2, decoder_layers=3,
+            encoder_attention_heads=2, decoder_attention_heads=4, max_position_embeddings=40)
 T5 = dict(vocab_size=97, d_model=64, d_ff=96, d_kv=24, num_layers=2, num_decoder_layers=3, num_heads=4)
-MODELS = {"GPT2LMHeadModel": dict(vocab_size=97, n_positions=40, n_embd=64, n_layer=3, n_head=4), "LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA,
-          "Qwen2ForCausalLM": LLAMA | dict(tie_word_embeddings=True), "Qwen3ForCausalLM": LLAMA | dict(head_dim=24), "BertForMaskedLM": BERT,
-          "BertModel": BERT, "BertForSequenceClassification": BERT, "RobertaForMaskedLM": BERT, "RobertaForSequenceClassification": BERT,
-          "RobertaForTokenClassification": BERT, "BartForConditionalGeneration": BART, "T5ForConditionalGeneration": T5,
-          "T5EncoderModel": T5 | dict(feed_forward_proj="gated-gelu")}
-FROZEN = {"nothing": [], "embeddings": ["embed"], "body": ["attn", "ffn"], "all but norms": lambda t: not t.role.startswith(("attn.norm", "ffn.norm")),
-          "lower layers": ["embed", "attn@0-1", "ffn@0-1"], "values": ["attn.v"], "all but the top norm": lambda t: t.role != "ffn.norm" or t.layer != 1,
+GPT2 = dict(vocab_size=97, n_positions=40, n_embd=64, n_layer=3, n_head=4)
+MODELS = {"GPT2LMHeadModel": GPT2, "LlamaForCausalLM": LLAMA, "MistralForCausalLM": LLAMA,
+          "Qwen2ForCausalLM": LLAMA | dict(tie_word_embeddings=True), "Qwen3ForCausalLM": LLAMA | dict(head_dim=24),
+          "BertForMaskedLM": BERT, "BertModel": BERT, "BertForSequenceClassification": BERT, "RobertaForMaskedLM": BERT,
+          "RobertaForSequenceClassification": BERT, "RobertaForTokenClassification": BERT, "BartForConditionalGeneration": BART,
+          "T5ForConditionalGeneration": T5, "T5EncoderModel": T5 | dict(feed_forward_proj="gated-gelu")}
+FROZEN = {"nothing": [], "embeddings": ["embed"], "body": ["attn", "ffn"], "lower layers": ["embed", "attn@0-1", "ffn@0-1"],
+          "all but norms": lambda t: not t.role.startswith(("attn.norm", "ffn.norm")), "values": ["attn.v"],
+          "all but one norm": lambda t: t.role != "ffn.norm" or t.layer != 1,
           "all but biases of queries": lambda t: t.role not in ("attn.q.bias", "attn.qkv.bias", "attn.q_norm")}
 SEQ2SEQ = {"encoder": ["encoder/"], "encoder and shared embedding": ["encoder/", "embed.token"], "decoder": ["decoder/"],
-           "all but cross": lambda t: not t.role.startswith("cross"), "all but positions": lambda t: t.role not in ("attn.relative", "embed.position")}
+           "all but cross": lambda t: not t.role.startswith("cross"),
+           "all but positions": lambda t: t.role not in ("attn.relative", "embed.position")}
 
 def measured(architecture, kw, frozen, train):
     "FLOPs of one sequence by torch's counter, attention eager."
@@ -43,7 +46,7 @@ def measured(architecture, kw, frozen, train):
 def test_flops_as_torch_counts(architecture):
     for train in (False, True):
         lay, t, counted = measured(architecture, MODELS[architecture], [], train)
-        assert flops(lay, S, t, train) == pytest.approx(counted, rel=0.02), train
+        assert flops(lay, S, t, train) == pytest.approx(counted, rel=1e-6), train
     assert flops(lay, S, t) > 2.5 * flops(lay, S, t, train=False)
 
 @pytest.mark.parametrize("architecture", MODELS)
@@ -52,13 +55,12 @@ def test_frozen_flops_as_torch_counts(architecture):
     for name, frozen in kinds.items():
         if name == "values" and architecture.startswith("GPT2"): continue   # which has them in one matrix with queries and keys
         lay, t, counted = measured(architecture, MODELS[architecture], frozen, True)
-        assert flops(lay, S, t, frozen=frozen) == pytest.approx(counted, rel=0.02), name
+        assert flops(lay, S, t, frozen=frozen) == pytest.approx(counted, rel=1e-6), name
 
 def test_longer_sequences_cost_squares():
     lay = layout(hf.GPT2Config(vocab_size=9, n_positions=64, n_embd=8, n_layer=2, n_head=2), "GPT2LMHeadModel")
     f = [flops(lay, n, train=False) for n in (8, 16, 32)]
-    second = (f[2] - 2*f[1]) - 2*(f[1] - 2*f[0])                            # the linear part falls out: a(32² - 2·16² - 2·16² + 4·8²) = 256 a
-    assert second == 4*8*2 * 256
+    assert (f[2] - 2*f[1]) == 4 * (f[1] - 2*f[0]) == 4*8*2 * (32**2 - 2*16**2)   # the linear part falls out
 
 def test_describe_adds_up():
     for architecture, kw in MODELS.items():
@@ -70,19 +72,20 @@ def test_describe_adds_up():
 
 def test_bad_lengths():
     gpt2, bart = layout(hf.GPT2Config(), "GPT2LMHeadModel"), layout(hf.BartConfig(), "BartModel")
-    for lay, args, words in [(gpt2, (8, 8), "no decoder"), (bart, (8,), "has a decoder"), (gpt2, (0,), "at least one"), (bart, (8, -1), "at least one")]:
+    for lay, args, words in [(gpt2, (8, 8), "no decoder"), (bart, (8,), "has a decoder"), (gpt2, (0,), "at least one"),
+                             (bart, (8, -1), "at least one")]:
         with pytest.raises(Refusal, match=words): flops(lay, *args)
     with pytest.raises(Refusal, match="did you mean"): flops(gpt2, 8, frozen=["atn"])
 
 def test_units():
     bart = layout(hf.BartConfig(encoder_layers=6, decoder_layers=3), "BartForConditionalGeneration")
     assert units(bart, 1e5) == pytest.approx(9/12) and units(bart, 2e5, frozen=["encoder/"]) == pytest.approx(2*(3 + 3)/12)
-    assert units(bart, 1e5, frozen=["embed"]) == units(bart, 1e5, frozen=["encoder/attn"]) == units(bart, 1e5)   # no layer sleeps as a whole
+    assert units(bart, 1e5, frozen=["embed"]) == units(bart, 1e5, frozen=["encoder/attn"]) == units(bart, 1e5)  # no layer sleeps whole
 
 class Card:
     def __init__(self, id, cost, parents=()):
         self.id, self.cost, self.ancestors = id, cost, {}
-        for p in parents: self.ancestors |= p.ancestors | {p.id: dict(name=p.id, recipe="", parents=list(p.ancestors), cost=p.cost)}
+        for p in parents: self.ancestors |= p.ancestors | {p.id: dict(name=p.id, recipe="", parents=[], cost=p.cost)}
 
 def test_lineage_counts_once():
     "A diamond: two children of one parent meet again; the sum is that of the distinct nodes, whatever is asked for and in which order."

@@ -35,10 +35,11 @@ class Tensor:
         for s in self.shape: n *= s
         return n
 
-# %% ../../nbs/core/05_layout.ipynb #98960ed9
+# %% ../../nbs/core/05_layout.ipynb #9e89899c
 @dataclass(frozen=True)
 class _Row:
-    name: str; role: str; axes: tuple[str, ...]; out: int | None; tie: str | None; when: tuple[str, ...]; optional: bool; stack: str
+    name: str; role: str; axes: tuple[str, ...]; out: int | None
+    tie: str | None; when: tuple[str, ...]; optional: bool; stack: str
 
 def _rows(text: str) -> list[_Row]:
     "The rows of a table, `weight|bias` taken apart."
@@ -53,12 +54,13 @@ def _rows(text: str) -> list[_Row]:
         name, role, *axes = words
         out = 0 if "<" in axes else 1 if ">" in axes else None
         axes = tuple(a for a in axes if a not in "<>")
-        stem, both = (name[:-len("|bias")], True) if name.endswith(".weight|bias") else (name, False)
+        stem, both = name.removesuffix("|bias"), name.endswith(".weight|bias")
         rows.append(_Row(stem, role, axes, out, tie, section+when, optional, stack))
-        if both: rows.append(_Row(stem[:-len("weight")]+"bias", role+".bias", (axes[out or 0],), None, None, section+when, optional, stack))
+        bias = dict(name=stem.removesuffix("weight")+"bias", role=role+".bias", axes=(axes[out or 0],), out=None, tie=None)
+        if both: rows.append(replace(rows[-1], **bias))
     return rows
 
-# %% ../../nbs/core/05_layout.ipynb #d3ce9633
+# %% ../../nbs/core/05_layout.ipynb #ee62a988
 @dataclass(frozen=True)
 class Family:
     "One table, and how to read it."
@@ -75,9 +77,22 @@ class Family:
         "The classes of a model type that the table explains."
         return [self.models[model_type] + end for end in self.parts]
 
+# %% ../../nbs/core/05_layout.ipynb #d4de1739
 def _size(axis: str, stack: str, sizes: dict[str, int]) -> int:
     return sum(sizes.get(f"{stack}.{a}", sizes.get(a)) if a != "one" else 1 for a in axis.split("+"))
 
+def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
+    "Each row with each layer it stands in; None for rows outside the layers."
+    i = 0
+    while i < len(rows):
+        j = i
+        while j < len(rows) and "{" in rows[j].name and rows[j].stack == rows[i].stack: j += 1
+        if i == j: yield rows[i], None; i += 1; continue
+        for layer in range(_size("layers", rows[i].stack, sizes)):
+            yield from ((r, layer) for r in rows[i:j] if layer == 0 or "{0}" not in r.name)
+        i = j
+
+# %% ../../nbs/core/05_layout.ipynb #8c5c33ca
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     facts = family.read(config)
@@ -91,23 +106,12 @@ def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, 
     tensors = {}
     for row, layer in _places(rows, sizes):
         name = full(row.name.replace("{L}", str(layer)).replace("{0}", "0"))
-        tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, tuple(_size(a, row.stack, sizes) for a in row.axes),
-                               full(row.tie) if row.tie and tied else None, row.out, row.optional)
+        shape = tuple(_size(a, row.stack, sizes) for a in row.axes)
+        tie = full(row.tie) if row.tie and tied else None
+        tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
     return tensors, sizes
 
-# %% ../../nbs/core/05_layout.ipynb #924dbcae
-def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
-    "Each row with each layer it stands in; None for rows outside the layers."
-    i = 0
-    while i < len(rows):
-        j = i
-        while j < len(rows) and "{" in rows[j].name and rows[j].stack == rows[i].stack: j += 1
-        if i == j: yield rows[i], None; i += 1; continue
-        for layer in range(_size("layers", rows[i].stack, sizes)):
-            yield from ((r, layer) for r in rows[i:j] if layer == 0 or "{0}" not in r.name)
-        i = j
-
-# %% ../../nbs/core/05_layout.ipynb #1ac33644
+# %% ../../nbs/core/05_layout.ipynb #191c4506
 @dataclass(frozen=True)
 class Layout:
     "All tensors of one model by name, role, place and axes."
@@ -132,38 +136,58 @@ class Layout:
     def storage(self, t: Tensor) -> Tensor:
         "The tensor that holds the numbers of `t`: itself, unless it is tied."
         return self.storage(self.tensors[t.tied]) if t.tied else t
-    def find(self, role: str,                   # a role, or a pattern with stars
-             stack: str | None = None, layer: int | None = None) -> list[Tensor]:
-        "All tensors of a role, tied ones included."
-        return [t for t in self.tensors.values() if fnmatchcase(t.role, role) and stack in (None, t.stack) and layer in (None, t.layer)]
-    def one(self, role: str, stack: str | None = None, layer: int | None = None) -> Tensor:
-        "The one tensor of a role; stored ones go before tied ones."
-        found = self.find(role, stack, layer)
-        if not found: raise unknown(f"tensor in {self.architecture} of role", role, {t.role for t in self.tensors.values()})
-        stored = [t for t in found if not t.tied] or found
-        if len(stored) > 1: raise Refusal(f"{self.architecture} has {len(stored)} tensors of role {role}", "say of which stack or layer")
-        return stored[0]
 
-    def select(self, words: str | Iterable[str]) -> dict[str, Tensor]:
-        "The stored tensors meant by words like 'embed', 'encoder/attn', 'ffn@0-3'; a word that means nothing is refused."
-        picked = {}
-        for word in [words] if isinstance(words, str) else words:
-            m = re.fullmatch(r"(?:(?P<stack>\w+)/)?(?P<role>[\w.]*)(?:@(?P<a>\d+)(?:-(?P<b>\d+))?)?", word)
-            if not m: raise Refusal(f"{word!r} names no tensors", "write a role ('attn'), or stack/role@layers ('encoder/attn@0-3')")
-            first, last = (int(m["a"]), int(m["b"] or m["a"])) if m["a"] else (None, None)
-            hits = [t for t in self.tensors.values() if m["stack"] in (None, t.stack) and f"{t.role}.".startswith(f"{m['role']}." if m["role"] else "")
-                    and (first is None or (t.layer is not None and first <= t.layer <= last))]
-            if not hits: raise unknown(f"tensor in {self.architecture} that is called", word, {t.role for t in self.tensors.values()})
-            own = {t.name: t for t in hits if not t.tied}
-            if not own: raise Refusal(f"{word!r} is tied to {self.storage(hits[0]).name}", f"say {self.storage(hits[0]).role!r} instead")
-            picked |= own
-        return picked
+# %% ../../nbs/core/05_layout.ipynb #2cf75a1d
+def _find(self: Layout,
+          role: str,                  # a role, or a pattern with stars
+          stack: str | None = None,   # any, or only this
+          layer: int | None = None,
+          ) -> list[Tensor]:
+    "All tensors of a role, tied ones included."
+    return [t for t in self.tensors.values()
+            if fnmatchcase(t.role, role) and stack in (None, t.stack) and layer in (None, t.layer)]
 
-    def untied(self, names: Iterable[str]) -> "Layout":
-        "The same layout with some tied tensors on their own: for checkpoints that store them with other numbers."
-        return replace(self, tensors={n: replace(t, tied=None) if n in set(names) else t for n, t in self.tensors.items()})
+def _one(self: Layout, role: str, stack: str | None = None, layer: int | None = None) -> Tensor:
+    "The one tensor of a role; stored ones go before tied ones."
+    found = self.find(role, stack, layer)
+    if not found: raise unknown(f"tensor in {self.architecture} of role", role, {t.role for t in self.tensors.values()})
+    stored = [t for t in found if not t.tied] or found
+    if len(stored) > 1: raise Refusal(f"{self.architecture} has {len(stored)} tensors of role {role}", "say of which stack or layer")
+    return stored[0]
 
-# %% ../../nbs/core/05_layout.ipynb #a73c14b4
+def _untied(self: Layout, names: Iterable[str]) -> Layout:
+    "The same layout with some tied tensors on their own: for checkpoints that store them with other numbers."
+    names = set(names)
+    return replace(self, tensors={n: replace(t, tied=None) if n in names else t for n, t in self.tensors.items()})
+
+Layout.find, Layout.one, Layout.untied = _find, _one, _untied
+
+# %% ../../nbs/core/05_layout.ipynb #3bf75efc
+_WORD = re.compile(r"(?:(?P<stack>\w+)/)?(?P<role>[\w.]*)(?:@(?P<first>\d+)(?:-(?P<last>\d+))?)?")
+
+def _meant(t: Tensor, stack: str | None, role: str, first: str | None, last: str | None) -> bool:
+    "Whether a tensor is meant by a word's pieces."
+    here = first is None or (t.layer is not None and int(first) <= t.layer <= int(last or first))
+    return here and stack in (None, t.stack) and (not role or f"{t.role}.".startswith(f"{role}."))
+
+def _select(self: Layout,
+            words: str | Iterable[str],     # 'embed', 'encoder/attn', 'ffn@0-3', or several of these
+            ) -> dict[str, Tensor]:         # by name
+    "The stored tensors that words mean; a word that means nothing is refused."
+    picked, roles = {}, {t.role for t in self.tensors.values()}
+    for word in [words] if isinstance(words, str) else words:
+        m = _WORD.fullmatch(word)
+        if not m: raise Refusal(f"{word!r} names no tensors", "write a role ('attn'), or stack/role@layers ('encoder/attn@0-3')")
+        hits = [t for t in self.tensors.values() if _meant(t, **m.groupdict())]
+        if not hits: raise unknown(f"tensor in {self.architecture} that is called", word, roles)
+        own = {t.name: t for t in hits if not t.tied}
+        if not own: raise Refusal(f"{word!r} is tied to {self.storage(hits[0]).name}", f"say {self.storage(hits[0]).role!r} instead")
+        picked |= own
+    return picked
+
+Layout.select = _select
+
+# %% ../../nbs/core/05_layout.ipynb #b1d30003
 def _resolve(self: Layout, name: str) -> str | None:
     "The tensor that a name in a file means, None for strays and for parts that this architecture lacks."
     p = self.table.prefix + "." if self.table.prefix else ""
@@ -176,33 +200,41 @@ def _resolve(self: Layout, name: str) -> str | None:
         if not {new, p + new, new.removeprefix(p)}.isdisjoint(other): return None
     raise KeyError(name)
 
+Layout.resolve = _resolve
+
+# %% ../../nbs/core/05_layout.ipynb #8fa2df33
+def _explain(self: Layout, names: Iterable[str], where: str) -> dict[str, str | None]:
+    "The tensor each name means, the same one never twice."
+    known, there = {}, set()
+    for name in names:
+        try: known[name] = self.resolve(name)
+        except KeyError: raise Refusal(f"{where} holds {name}, which {self.architecture} does not have",
+                                       "is its config.json the right one?") from None
+        if known[name] in there: raise Refusal(f"{where} holds {known[name]} twice, under two names", "save the model again")
+        if known[name]: there.add(known[name])
+    for name, n in known.items():  # a tied tensor stored in place of the one that it shares with
+        if n and self.tensors[n].tied and (s := self.storage(self.tensors[n]).name) not in there: known[name] = s; there.add(s)
+    return known
+
 def _check(self: Layout,
            shapes: Mapping[str, tuple[int, ...]],  # name in the file -> shape
            where: str = "the checkpoint",          # said in the refusal
-           ) -> dict[str, str | None]:             # name in the file -> name of the tensor, None for what means nothing
+           ) -> dict[str, str | None]:             # name in the file -> name of the tensor, None for what means nothing here
     "Explain every name of a checkpoint; refuse the first that is missing, extra or misshapen."
-    known = {}
-    for name in shapes:
-        try: known[name] = _resolve(self, name)
-        except KeyError: raise Refusal(f"{where} holds {name}, which {self.architecture} does not have",
-                                       "is its config.json the right one?") from None
-    there = {n for n in known.values() if n}
-    for name, n in known.items():  # a tied tensor stored in place of the one it shares with
-        if n and self.tensors[n].tied and (s := self.storage(self.tensors[n]).name) not in there: known[name] = s; there |= {s}
-    twice = [n for n in there if list(known.values()).count(n) > 1] if len(there) < sum(n is not None for n in known.values()) else []
-    if twice: raise Refusal(f"{where} holds {min(twice)} twice, under two names", "save the model again")
+    known = _explain(self, shapes, where)
+    there = set(known.values())
     for n, t in self.stored().items():
-        if n not in there and not t.optional: raise Refusal(f"{where} lacks {n} ({t.role})", "save the model again, or name another architecture")
-    for name, n in known.items():
-        if n and tuple(shapes[name]) != self.tensors[n].shape:
-            t = self.tensors[n]
+        if n not in there and not t.optional:
+            raise Refusal(f"{where} lacks {n} ({t.role})", "save the model again, or name another architecture")
+    for name, t in ((name, self.tensors[n]) for name, n in known.items() if n):
+        if tuple(shapes[name]) != t.shape:
             raise Refusal(f"{name} in {where} has the shape {tuple(shapes[name])} and not {t.shape} ({' x '.join(t.axes)})",
                           "is its config.json the right one?")
     return known
 
-Layout.resolve, Layout.check = _resolve, _check
+Layout.check = _check
 
-# %% ../../nbs/core/05_layout.ipynb #7b4ccc97
+# %% ../../nbs/core/05_layout.ipynb #77bdf312
 @cache
 def _families() -> dict[str, Family]:
     "model_type -> Family, from the modules of `seqwarm.families`."
@@ -210,6 +242,7 @@ def _families() -> dict[str, Family]:
     tables = [importlib.import_module(f"seqwarm.families.{m.name}").FAMILY for m in pkgutil.iter_modules(package.__path__)]
     return {model: f for f in tables for model in f.models}
 
+# %% ../../nbs/core/05_layout.ipynb #9b62a54e
 def _filled(config: Any) -> dict:
     "The config as a dict with its defaults; refused where no table serves it."
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
@@ -219,8 +252,10 @@ def _filled(config: Any) -> dict:
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
     try: return CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
-    except (StrictDataclassError, TypeError, ValueError) as e: raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
+    except (StrictDataclassError, TypeError, ValueError) as e:
+        raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
+# %% ../../nbs/core/05_layout.ipynb #11c4d216
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
            ) -> Layout:

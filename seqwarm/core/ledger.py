@@ -32,7 +32,7 @@ def _lengths(layout: Layout, source: int, target: int | None) -> None:
     if target and not two: raise Refusal(f"{layout.architecture} has no decoder, so no target length", "leave target= out")
     if source < 1 or (target or 1) < 1: raise Refusal("a sequence has at least one token", "give a length of 1 or more")
 
-# %% ../../nbs/core/70_ledger.ipynb #5fa6db13
+# %% ../../nbs/core/70_ledger.ipynb #461faac2
 class _Walk:
     "Adds up FLOPs on the way through a model from bottom to top; `backward` holds those of the gradients."
     def __init__(self, layout: Layout, frozen: set[str], source: int, target: int | None):
@@ -40,29 +40,32 @@ class _Walk:
         self.forward, self.backward = {}, 0     # forward FLOPs by role
         self.place = {}
         for t in layout.tensors.values(): self.place.setdefault((t.stack, t.layer), []).append(t)
+    def awake(self, t: Tensor) -> bool: return self.layout.storage(t).name not in self.frozen
     def trained(self, roles: Iterable[str], stack: str, layer: int | None = None) -> bool:
         "Whether a tensor of these roles, or its bias, is trained."
-        return any(t.role.removesuffix(".bias") in roles and self.layout.storage(t).name not in self.frozen for t in self.place.get((stack, layer), ()))
+        return any(t.role.removesuffix(".bias") in roles and self.awake(t) for t in self.place.get((stack, layer), ()))
     def matrix(self, role: str, stack: str, layer: int | None, x: bool) -> bool:
         "One product; `x` and the answer tell whether what goes in and what comes out require a gradient."
         for t in self.place.get((stack, layer), ()):
             if t.role == role and t.out is not None:
                 n = 2 * t.size * _tokens(t, self.source, self.target)
                 self.forward[role] = self.forward.get(role, 0) + n
-                self.backward += n * (x + (self.layout.storage(t).name not in self.frozen))
+                self.backward += n * (x + self.awake(t))
         return x or self.trained([role], stack, layer)
-    def attention(self, block: str, stack: str, layer: int, x: bool, keys: bool, cost: int, bias: bool) -> bool:
-        "Queries from `x`, keys and values from `keys`: the products with weights and the two without."
-        if self.layout.find(f"{block}.qkv"): q = k = v = self.matrix(f"{block}.qkv", stack, layer, x)
-        else: q, k, v = (self.matrix(f"{block}.{r}", stack, layer, g) for r, g in (("q", x), ("k", keys), ("v", keys)))
-        q, k = (g or self.trained([f"{block}.{r}_norm"], stack, layer) for g, r in ((q, "q"), (k, "k")))
-        p = q or k or bias                       # the attention weights
-        name = f"{block} (scores, values)"
-        self.forward[name] = self.forward.get(name, 0) + 2*cost
-        self.backward += cost * (q + k + p + v)
-        return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #cce4fbd8
+# %% ../../nbs/core/70_ledger.ipynb #8563d76f
+def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: bool, cost: int, bias: bool) -> bool:
+    "Queries from `x`, keys and values from `keys`: the products with weights and the two without."
+    if self.layout.find(f"{block}.qkv"): q = k = v = self.matrix(f"{block}.qkv", stack, layer, x)
+    else: q, k, v = (self.matrix(f"{block}.{r}", stack, layer, g) for r, g in (("q", x), ("k", keys), ("v", keys)))
+    q, k = (g or self.trained([f"{block}.{r}_norm"], stack, layer) for g, r in ((q, "q"), (k, "k")))
+    p = q or k or bias                       # the attention weights
+    name = f"{block} (scores, values)"
+    self.forward[name] = self.forward.get(name, 0) + 2*cost
+    self.backward += cost * (q + k + p + v)
+    return self.matrix(f"{block}.o", stack, layer, p or v)
+
+# %% ../../nbs/core/70_ledger.ipynb #1b05c30c
 def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
     lay, pre = w.layout, w.layout.table.norm == "pre"
@@ -73,7 +76,8 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
         for block in [b for b in ("attn", "cross") if (stack, b) in costs] + ["ffn"]:
             norm = w.trained([f"{block}.norm"], stack, layer)
             h = x or (pre and norm)
-            if block != "ffn": y = w.attention(block, stack, layer, h, below if block == "cross" else h, costs[stack, block], bias and block == "attn")
+            if block == "cross": y = _attention(w, block, stack, layer, h, below, costs[stack, block], False)
+            elif block == "attn": y = _attention(w, block, stack, layer, h, h, costs[stack, block], bias)
             else:
                 up, gate = (w.matrix(r, stack, layer, h) for r in ("ffn.up", "ffn.gate"))
                 y = w.matrix("ffn.down", stack, layer, up or gate)
@@ -116,7 +120,7 @@ def flops(layout: Layout,
     w = _walk(layout, source, target, frozen)
     return sum(w.forward.values()) + w.backward * train
 
-# %% ../../nbs/core/70_ledger.ipynb #3729c185
+# %% ../../nbs/core/70_ledger.ipynb #62b22e17
 def describe(layout: Layout,
              source: int = 512,             # S at which attention is counted
              target: int | None = None,     # T, by default S where there is a decoder
@@ -127,8 +131,9 @@ def describe(layout: Layout,
     rows, costs = {}, _attentions(layout, source, target)
     _lengths(layout, source, target)
     for t in layout.tensors.values():
-        r = rows.setdefault((t.role, t.stack, t.axes, bool(t.tied)), dict(role=t.role, stack=t.stack, tensors=0, axes=" x ".join(t.axes),
-                            shape=" x ".join(map(str, t.shape)), parameters=0, flops=0.0, tied=layout.storage(t).name if t.tied else ""))
+        axes, shape, tied = " x ".join(t.axes), " x ".join(map(str, t.shape)), layout.storage(t).name if t.tied else ""
+        r = rows.setdefault((t.role, t.stack, axes, tied), dict(role=t.role, stack=t.stack, tensors=0, axes=axes, shape=shape,
+                                                                parameters=0, flops=0.0, tied=tied))
         r["tensors"] += 1
         r["parameters"] += 0 if t.tied else t.size
         if t.out is not None: r["flops"] += 2*t.size / (source if t.role.startswith("pooler") else 1)
@@ -166,7 +171,7 @@ class Cost:
         "From what a card holds; other entries are passed over."
         return d if isinstance(d, cls) else cls(**{k: (d or {}).get(k, 0) for k in cls.__dataclass_fields__})
 
-# %% ../../nbs/core/70_ledger.ipynb #b3df9422
+# %% ../../nbs/core/70_ledger.ipynb #68d377d2
 def lineage(cards: Any,         # a card, or several: each with .id, .cost and .ancestors {id: {"cost": ...}}
             ) -> Cost:
     "The cost of checkpoints with all they came from, each counted once."
@@ -174,10 +179,11 @@ def lineage(cards: Any,         # a card, or several: each with .id, .cost and .
     for card in cards if isinstance(cards, Iterable) else [cards]:
         for key, cost in [(card.id, card.cost), *((k, a.get("cost")) for k, a in card.ancestors.items())]:
             cost = Cost.of(cost)
-            if costs.setdefault(key, cost) != cost: raise Refusal(f"two cards differ in what checkpoint {key} cost", "one of them was edited; take it from its run")
+            if costs.setdefault(key, cost) != cost:
+                raise Refusal(f"two cards differ in what checkpoint {key} cost", "one of them was edited; take it from its run")
     return sum(costs.values(), Cost())
 
-# %% ../../nbs/core/70_ledger.ipynb #2b23f795
+# %% ../../nbs/core/70_ledger.ipynb #393550e7
 def crossing(xs: Sequence[float],       # steps, tokens or FLOPs, rising
              ys: Sequence[float],       # loss at each
              level: float,
@@ -191,6 +197,7 @@ def crossing(xs: Sequence[float],       # steps, tokens or FLOPs, rising
         before = x, y
     return None
 
+# %% ../../nbs/core/70_ledger.ipynb #cdc2d529
 def _column(history: Any, name: str) -> list[float]:
     "A column of a data frame, a dict of lists, or a list of rows."
     rows = isinstance(history, Sequence)

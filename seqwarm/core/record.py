@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['environment', 'Run', 'close']
 
-# %% ../../nbs/core/97_record.ipynb #7025d506
+# %% ../../nbs/core/97_record.ipynb #08477495
 import os, platform, subprocess, time
 from importlib.metadata import version
 from pathlib import Path
@@ -13,23 +13,23 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from .. import __version__
+import seqwarm
 from .errors import Refusal
 from .figures import page
 from .files import Lock, write_whole
 
-# %% ../../nbs/core/97_record.ipynb #74e6c189
+# %% ../../nbs/core/97_record.ipynb #633f0312
 def environment() -> dict[str, Any]:
     "Versions, device and commit of this process."
     import torch
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return dict(seqwarm=__version__, **_commit(), python=platform.python_version(),
+    return dict(seqwarm=seqwarm.__version__, **_commit(), python=platform.python_version(),
                 **{p: version(p) for p in ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy")},
                 device=gpu or f"{platform.machine()} CPU, {torch.get_num_threads()} threads")
 
 def _commit() -> dict[str, Any]:
     "The commit of the checkout that this package runs from, and whether it was changed since; None from a wheel."
-    root = Path(__file__).resolve().parents[2]
+    root = Path(seqwarm.__file__).resolve().parents[1]
     if not (root/".git").exists(): return dict(commit=None, dirty=None)
     git = lambda *words: subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True).stdout.strip()
     return dict(commit=git("rev-parse", "HEAD") or None, dirty=bool(git("status", "--porcelain")))

@@ -5,173 +5,96 @@
 # %% auto #0
 __all__ = ['World']
 
-# %% ../../nbs/core/40_world.ipynb #9e4b779a
+# %% ../../nbs/core/40_world.ipynb #8576a048
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from math import inf, log2
+from math import inf
 from .errors import Refusal, unknown
-from .language import LANGUAGES, Dice, Lexicon, Table, hash64, parse, render, scramble
+from .grammar import SIZES, Grammar
+from .language import LANGUAGES, Dice, Lexicon, Table
 
-# %% ../../nbs/core/40_world.ipynb #9f2c409c
-_CLASSES = {  # class: (words in the default size, weight, kind of adjective); names and towns are not inflected
-    "person": (28, 2, "lively"), "animal": (28, 2, "lively"), "plant": (28, 1, "ripe"),  "food": (28, 2, "ripe"),
-    "tool":   (28, 2, "solid"),  "vehicle": (28, 1, "solid"), "stuff": (28, 1, "solid"), "place": (28, 3, "wide"),
-    "text":   (28, 2, "clear"),  "idea": (28, 1, "clear"),    "name": (45, 1, "lively"), "town": (45, 1, "wide")}
-_ADJECTIVES = {"lively": 18, "ripe": 18, "solid": 18, "wide": 18, "clear": 18}
-_KINDS = {  # kind: (weight, verbs, subject, object, preposition, goal)
-    "eat":   (8, 14, "person animal name", "food plant", "", ""),
-    "hold":  (6, 12, "person name", "tool stuff", "", ""),
-    "tend":  (5, 10, "person name", "animal plant", "", ""),
-    "drive": (3, 6,  "person name", "vehicle", "", ""),
-    "read":  (5, 10, "person name", "text idea", "", ""),
-    "build": (4, 8,  "person name", "tool vehicle", "in", "place town"),
-    "give":  (5, 10, "person name", "food tool text", "to", "person name"),
-    "go":    (8, 14, "person animal vehicle name", "", "to", "place town"),
-    "live":  (5, 6,  "person animal name", "", "in", "place town"),
-    "rest":  (5, 12, "person animal name", "", "", ""),
-    "grow":  (3, 6,  "plant food", "", "", ""),
-    "break": (3, 6,  "tool vehicle stuff", "", "", ""),
-    "be":    (8, 1,  "person animal plant food tool vehicle place text idea name", "", "", "")}  # takes an adjective
+# %% ../../nbs/core/40_world.ipynb #33bc7da1
+class _Documents(Grammar):
+    "Text without end."
+    def __init__(self,
+                 size: str = "default",   # 'default': some 600 stems a language; 'large': some 5,000
+                 seed: int = 0):          # another seed is another world: other words, other dice
+        if size not in SIZES: raise unknown("size of the world", size, SIZES)
+        if not isinstance(seed, int): raise Refusal(f"the seed {seed!r} is not an integer", "give a whole number")
+        super().__init__(size, seed)
 
-# %% ../../nbs/core/40_world.ipynb #39db7d96
-_ZIPF = 2520 * 64                # weight of rank r (with T topics, Mandelbrot's offset): _ZIPF // (r + T)
-_SHARP = 32                      # how much likelier a noun or verb is in the topic where it is at home
-_VALID = 12                      # one frame in so many is kept for validation
-_SIZES = {"default": (5, 5, 8), "large": (42, 5, 24)}       # words are multiplied by x / y; number of topics
-_LENGTH = {5: 2, 6: 3, 7: 4, 8: 4, 9: 3, 10: 2}              # sentences in a document: weight
-_TENSE, _NOT = {0: 1, 1: 1}, {0: 9, 1: 1}                   # present, past; asserted, denied
-_SHAPE = {(number, det, adj): w * x for (number, det), w in  # (0 one, 1 many), (0 a, 1 the, 2 a numeral), adjective?
-          {(0, 1): 6, (0, 0): 4, (1, 1): 3, (1, 0): 2, (1, 2): 2}.items() for adj, x in {0: 3, 1: 1}.items()}
-_SURNAME = {0: 2, 1: 1}                                     # does a person's name come with a surname?
-_NUMERAL = {n: 5040 // n for n in range(2, 21)}             # few things are more often counted than many
+    def _check(self, lang: str, split: str = "train") -> Lexicon:
+        if lang not in LANGUAGES: raise unknown("language", lang, LANGUAGES)
+        if split not in ("train", "valid", "all"): raise unknown("split", split, ("train", "valid", "all"))
+        return self.lexicons[lang]
 
-# %% ../../nbs/core/40_world.ipynb #d4d06302
-class _Grammar:
-    "All distributions of a world, and its three lexicons."
-    def __init__(self, size: str, seed: int):
-        up, down, self.topics = _SIZES[size]
-        self.size, self.seed, T = size, seed, range(self.topics)
-        counts = [("PROPN" if c in ("name", "town") else "NOUN", c, n) for c, (n, _, _) in _CLASSES.items()]
-        counts += [("VERB", k, n) for k, (_, n, *_) in _KINDS.items()] + [("ADJ", g, n) for g, n in _ADJECTIVES.items()]
-        self.concepts = [(tag, c, i) for tag, c, n in counts for i in range(n if c == "be" else n * up // down)]
-        self.of = {c: [] for _, c, _ in counts}
-        for id, (_, c, _) in enumerate(self.concepts): self.of[c].append(id)
-        self.kind = {v: k for k in _KINDS for v in self.of[k]}
-        self.roles = {v: _KINDS[k][3:] for v, k in self.kind.items()}
-        self.cls = {n: c for c in _CLASSES for n in self.of[c]}
-        self.called = self._names()
-        self.verbs = {(k, t): Table(self._share(k, t, 1)) for k in _KINDS for t in T}
-        pools = {pool for _, _, s, o, _, x in _KINDS.values() for pool in (s, o, x) if pool}
-        self.nouns = {(pool, t): Table({n: w for c in pool.split() for n, w in self._share(c, t, _CLASSES[c][1]).items()})
-                      for pool in sorted(pools) for t in T}
-        self.adjectives = {c: Table({a: _ZIPF // (i + 1) for i, a in enumerate(self.of[g])}) for c, (_, _, g) in _CLASSES.items()}
-        self.surnames = Table({n: _ZIPF // (i + 4) for i, n in enumerate(reversed(self.of["town"]))})
-        self.kinds = Table({k: w for k, (w, *_) in _KINDS.items()})
-        self.shapes, self.surname, self.numerals = Table(_SHAPE), Table(_SURNAME), Table(_NUMERAL)
-        self.lengths, self.tenses, self.nots, self.topic = Table(_LENGTH), Table(_TENSE), Table(_NOT), Table(dict.fromkeys(T, 1))
-        self.lexicons = {}
-        for code, L in LANGUAGES.items(): self.lexicons[code] = Lexicon(self, code, self.lexicons.get(L.parent))
+    def _dice(self, *key: int | str) -> Dice: return Dice(self.seed, self.size, *key)
 
-    def _share(self, cls: str, topic: int, weight: int) -> dict[int, int]:
-        "Integer weights of a class's words in a topic, summing to (nearly) weight * 2**40."
-        offset = hash64(cls) % self.topics
-        w = {n: _ZIPF // (i + self.topics) * (_SHARP if cls in ("name", "town") or (i + offset) % self.topics == topic else 1)
-             for i, n in enumerate(self.of[cls])}
-        return {n: (x * weight << 40) // sum(w.values()) for n, x in w.items()}
+# %% ../../nbs/core/40_world.ipynb #9a704db4
+class _Stream(_Documents):
+    "Documents one after the other."
+    def documents(self,
+                  lang: str,                   # 'a', 'b' or 'c'
+                  split: str = "train",        # 'train', 'valid', or 'all' for the grammar without splits
+                  words: int | None = None,    # end with the document that reaches so many words; None: never
+                  start: int = 0,              # index of the first document
+                  ) -> Iterator[str]:          # a line each, words parted by blanks
+        "Documents one after the other; each is a function of seed, size, language, split and its index alone."
+        self._check(lang, split)
+        return self._documents(lang, split, inf if words is None else words, start)
 
-    def _names(self) -> dict[int, str]:
-        "Names of persons end in a vowel, those of towns in a consonant; all are distinct."
-        out, sounds = {}, LANGUAGES["a"]
-        for cls in ("name", "town"):
-            for id in self.of[cls]:
-                tries = (_stem(sounds, (self.seed, cls, id, n), 2 + n // 20) for n in range(200))
-                tries = ((s[:-1] if cls == "name" else s).capitalize() for s in tries)
-                out[id] = next(s for s in tries if s not in out.values())
-        return out
+    def _documents(self, lang: str, split: str, words: float, i: int) -> Iterator[str]:
+        while words > 0:
+            _, tense, frames = self.document(self._dice("document", lang, split, i), split)
+            tokens = [w for f in frames for w in self.say(lang, f, tense)]
+            yield " ".join(tokens)
+            words, i = words - len(tokens), i + 1
 
-# %% ../../nbs/core/40_world.ipynb #ac71be7c
-class _Drawing(_Grammar):
-    "Frames and documents, each from dice of its own."
-    def _split(self, verb: int, adjective: int, *nouns: int) -> str:
-        key = self.seed
-        for x in (verb, adjective, *nouns): key = (key * 0x10001 + x + 2) & _ALL
-        return "train" if scramble(key * 0x9E3779B97F4A7C15 & _ALL) % _VALID else "valid"
+# %% ../../nbs/core/40_world.ipynb #6aa58072
+class _Texts(_Stream):
+    "Texts and what they weigh."
+    def logp(self,
+             text: str,         # one document, as `documents` yields them
+             lang: str,         # its language
+             ) -> float:        # bits, at most 0; -inf for a text that the grammar does not produce
+        "log2 of the text's probability under the whole grammar, its topic summed out, its length included."
+        return self.text_bits(self._check(lang), text)
 
-    def _core(self, dice: Dice, topic: int, split: str, kind: str = "", verb: int = -1) -> tuple:
-        "Verb, predicate adjective (-1: none) and nouns (-1: none) of a frame of this split."
-        while True:
-            k = kind or dice.pick(self.kinds)
-            _, _, subject, object, _, goal = _KINDS[k]
-            v = verb if verb >= 0 else dice.pick(self.verbs[k, topic])
-            s = dice.pick(self.nouns[subject, topic])
-            o = dice.pick(self.nouns[object, topic]) if object else -1
-            x = dice.pick(self.nouns[goal, topic]) if goal else -1
-            adjective = dice.pick(self.adjectives[self.cls[s]]) if k == "be" else -1
-            if split == "all" or self._split(v, adjective, s, o, x) == split: return v, adjective, (s, o, x)
+    def floor(self,
+              lang: str,                                # the language
+              documents: int | Iterable[str] = 500,     # texts of the language, or how many to draw
+              split: str = "valid",                     # where to draw them
+              ) -> float:                               # bits a word: no model's loss lies lower, on average
+        "Mean of -log2 p(text) a word under the whole grammar."
+        self._check(lang, split)
+        texts = list(islice(self.documents(lang, split), documents) if isinstance(documents, int) else documents)
+        if not texts: raise Refusal("a floor needs at least one document", "give some, or their number")
+        return -sum(self.logp(t, lang) for t in texts) / sum(len(t.split(" ")) for t in texts)
 
-    def _phrase(self, dice: Dice, noun: int) -> tuple | None:
-        "A noun phrase around a noun; None where there is none."
-        if noun < 0: return None
-        cls = self.cls[noun]
-        if cls == "town": return noun, 0, 0, -1
-        if cls == "name": return noun, 0, 0, dice.pick(self.surnames) if dice.pick(self.surname) else -1
-        number, det, adjective = dice.pick(self.shapes)
-        return noun, number, dice.pick(self.numerals) if det == 2 else det, dice.pick(self.adjectives[cls]) if adjective else -1
-
-    def _frame(self, dice: Dice, topic: int, split: str, *given) -> tuple:
-        verb, adjective, nouns = self._core(dice, topic, split, *given)
-        return verb, dice.pick(self.nots), adjective, tuple([self._phrase(dice, n) for n in nouns])
-
-    def _document(self, dice: Dice, split: str, length: int = 0) -> tuple[int, int, list]:
-        "(topic, tense, frames); `length` fixes the number of sentences."
-        topic, tense = dice.pick(self.topic), dice.pick(self.tenses)
-        return topic, tense, [self._frame(dice, topic, split) for _ in range(length or dice.pick(self.lengths))]
-
-    def _say(self, lang: str, frame: tuple, tense: int) -> list[str]:
-        return render(self.lexicons[lang], frame, tense, self.roles[frame[0]][1])
-
-# %% ../../nbs/core/40_world.ipynb #068bac4b
-class _Probability(_Drawing):
-    "Exact probabilities of frames and texts, in bits."
-    def _phrase_bits(self, part: tuple) -> float:
-        noun, number, det, extra = part
-        cls = self.cls[noun]
-        if cls == "town": return 0. if extra < 0 else -inf
-        if cls == "name": return self.surname.bits[extra >= 0] + (self.surnames.bits.get(extra, -inf) if extra >= 0 else 0)
-        return (self.shapes.bits[number, min(det, 2), int(extra >= 0)] + (self.numerals.bits.get(det, -inf) if det > 1 else 0)
-                + (self.adjectives[cls].bits.get(extra, -inf) if extra >= 0 else 0))
-
-    def _frame_bits(self, frame: tuple) -> tuple[float, list[float]]:
-        "log2 p(frame | topic) as what is common to all topics, and what each topic adds."
-        verb, denied, adjective, parts = frame
-        kind = self.kind[verb]
-        _, _, subject, object, _, goal = _KINDS[kind]
-        common = self.kinds.bits[kind] + self.nots.bits[denied] + sum(self._phrase_bits(p) for p in parts if p)
-        if kind == "be": common += self.adjectives[self.cls[parts[0][0]]].bits.get(adjective, -inf)
-        elif adjective >= 0: common = -inf
-        pools = [(pool, p[0]) for pool, p in zip((subject, object, goal), parts) if p]
-        return common, [self.verbs[kind, t].bits[verb] + sum(self.nouns[pool, t].bits.get(n, -inf) for pool, n in pools)
-                        for t in range(self.topics)]
-
-    def _text_bits(self, lex: Lexicon, text: str) -> float:
-        *sentences, rest = (text + " ").split(" . ")
-        if rest or len(sentences) not in self.lengths.bits: return -inf
-        read = [parse(lex, s.split(" "), self.roles) for s in sentences]
-        if None in read or len({tense for tense, _ in read}) > 1: return -inf
-        common, topics = zip(*(self._frame_bits(frame) for _, frame in read))
-        scores = [self.topic.bits[t] + sum(x) for t, x in enumerate(zip(*topics))]
-        if (best := max(scores)) == -inf: return -inf
-        return (self.tenses.bits[read[0][0]] + self.lengths.bits[len(read)] + sum(common)
-                + best + log2(sum(2 ** (s - best) for s in scores)))
-
-# %% ../../nbs/core/40_world.ipynb #d963969c
+# %% ../../nbs/core/40_world.ipynb #9d896cd5
 def _weaker(frame: tuple) -> tuple:
     "What a frame entails: less is said about the things in it."
     verb, denied, adjective, parts = frame
     less = lambda p: p if p is None or p[1:3] == (0, 0) and p[3] < 0 else (p[0], p[1], 0, -1)
     return verb, denied, adjective, tuple(p if i and denied else less(p) for i, p in enumerate(parts))
 
-class _Labels(_Probability):
+# %% ../../nbs/core/40_world.ipynb #097c9374
+class _Pairs(_Texts):
+    "Premise and hypothesis."
+    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
+        "(premise, hypothesis, label)."
+        while _weaker(frame) == frame: frame = self.frame(dice, topic, split)  # else a copy would mean entailment
+        flip = lambda f: (f[0], 1 - f[1], *f[2:])
+        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
+        if label == "entailment": return frame, _weaker(frame), label
+        if label == "contradiction": return frame, flip(frame), label
+        nouns, other = [p and p[0] for p in frame[3]], frame
+        while [p and p[0] for p in other[3]] == nouns: other = self.frame(dice, topic, split, self.kind[frame[0]], frame[0])
+        other = (frame[0], frame[1], other[2], other[3])
+        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
+
+# %% ../../nbs/core/40_world.ipynb #e8f6d472
+class _Labels(_Pairs):
     "What a frame says about its words, in the words of each task."
     def _parse_string(self, frame: tuple, tense: int) -> str:
         name = lambda id: f"{self.concepts[id][1]}{self.concepts[id][2]}"
@@ -186,76 +109,29 @@ class _Labels(_Probability):
 
     def _tags(self, lang: str, words: list[str], task: str) -> list[str]:
         read = self.lexicons[lang].reading
-        tags = [("NUM" if w.isdigit() else "PUNCT") if w not in read else "AUX" if read[w][1] == self.of["be"][0] else read[w][0] for w in words]
+        tag = lambda w: ("NUM" if w.isdigit() else "PUNCT") if w not in read else "AUX" if read[w][1] == self.of["be"][0] else read[w][0]
+        tags = [tag(w) for w in words]
         if task == "pos": return ["PROPN" if t in ("name", "town") else t for t in tags]
         return ["B-PER" if t == "name" else "O" if t != "town" else "I-PER" if before == "name" else "B-LOC"
                 for before, t in zip(["", *tags], tags)]
 
-    def _pair(self, dice: Dice, topic: int, frame: tuple, split: str) -> tuple:
-        "(premise, hypothesis, label)."
-        while _weaker(frame) == frame: frame = self._frame(dice, topic, split)  # else a copy would mean entailment
-        flip = lambda f: (f[0], 1 - f[1], *f[2:])
-        label = dice.pick(Table({"entailment": 1, "contradiction": 1, "neutral": 1}))
-        if label == "entailment": return frame, _weaker(frame), label
-        if label == "contradiction": return frame, flip(frame), label
-        nouns, other = [p and p[0] for p in frame[3]], frame
-        while [p and p[0] for p in other[3]] == nouns: other = self._frame(dice, topic, split, self.kind[frame[0]], frame[0])
-        other = (frame[0], frame[1], other[2], other[3])
-        return frame, flip(other) if dice.pick(Table({0: 1, 1: 1})) else other, label
+# %% ../../nbs/core/40_world.ipynb #83771c31
+class _Examples(_Labels):
+    "One example of a task, from dice of its own."
+    def _example(self, lang: str, task: str, split: str, dice: Dice) -> dict:
+        topic, tense, frames = self.document(dice, split, 0 if task == "topic" else 1)
+        say = lambda frame: self.say(lang, frame, tense)
+        if task == "topic": return {"text": " ".join(w for f in frames for w in say(f)), "label": f"topic{topic}"}
+        if task == "parse": return {"text": " ".join(say(frames[0])), "label": self._parse_string(frames[0], tense)}
+        if task == "entailment":
+            premise, hypothesis, label = self._pair(dice, topic, frames[0], split)
+            return {"premise": " ".join(say(premise)), "hypothesis": " ".join(say(hypothesis)), "label": label}
+        return {"tokens": (tokens := say(frames[0])), "labels": self._tags(lang, tokens, task)}
 
-# %% ../../nbs/core/40_world.ipynb #3f959250
-class World(_Labels):
+# %% ../../nbs/core/40_world.ipynb #44659003
+class World(_Examples):
     "Three languages about one world: documents without end, labels, parallel sentences, and exact probabilities."
-    def __init__(self,
-                 size: str = "default",   # 'default': some 600 stems a language; 'large': some 5,000
-                 seed: int = 0):          # another seed is another world: other words, other dice
-        if size not in _SIZES: raise unknown("size of the world", size, _SIZES)
-        if not isinstance(seed, int): raise Refusal(f"the seed {seed!r} is not an integer", "give a whole number")
-        super().__init__(size, seed)
-
     languages = tuple(LANGUAGES)
-
-    def _check(self, lang: str, split: str = "train") -> Lexicon:
-        if lang not in LANGUAGES: raise unknown("language", lang, LANGUAGES)
-        if split not in ("train", "valid", "all"): raise unknown("split", split, ("train", "valid", "all"))
-        return self.lexicons[lang]
-
-    def _dice(self, *key: int | str) -> Dice: return Dice(self.seed, self.size, *key)
-
-    def documents(self,
-                  lang: str,                   # 'a', 'b' or 'c'
-                  split: str = "train",        # 'train', 'valid', or 'all' for the grammar without splits
-                  words: int | None = None,    # end with the document that reaches so many words; None: never
-                  start: int = 0,              # index of the first document
-                  ) -> Iterator[str]:          # a line each, words parted by blanks
-        "Documents one after the other; each is a function of seed, size, language, split and its index alone."
-        self._check(lang, split)
-        return self._documents(lang, split, inf if words is None else words, start)
-
-    def _documents(self, lang: str, split: str, words: float, i: int) -> Iterator[str]:
-        while words > 0:
-            _, tense, frames = self._document(self._dice("document", lang, split, i), split)
-            tokens = [w for f in frames for w in self._say(lang, f, tense)]
-            yield " ".join(tokens)
-            words, i = words - len(tokens), i + 1
-
-    def logp(self,
-             text: str,         # one document, as `documents` yields them
-             lang: str,         # its language
-             ) -> float:        # bits, at most 0; -inf for a text that the grammar does not produce
-        "log2 of the text's probability under the whole grammar, its topic summed out, its length included."
-        return self._text_bits(self._check(lang), text)
-
-    def floor(self,
-              lang: str,                                # the language
-              documents: int | Iterable[str] = 500,     # texts of the language, or how many to draw
-              split: str = "valid",                     # where to draw them
-              ) -> float:                               # bits a word: no model's loss lies lower, on average
-        "Mean of -log2 p(text) a word under the whole grammar."
-        self._check(lang, split)
-        texts = list(islice(self.documents(lang, split), documents) if isinstance(documents, int) else documents)
-        if not texts: raise Refusal("a floor needs at least one document", "give some, or their number")
-        return -sum(self.logp(t, lang) for t in texts) / sum(len(t.split(" ")) for t in texts)
 
     def labelled(self,
                  lang: str,                # the language
@@ -269,16 +145,6 @@ class World(_Labels):
         if task not in (tasks := ("pos", "entities", "topic", "entailment", "parse")): raise unknown("task", task, tasks)
         return [self._example(lang, task, split, self._dice(task, lang, split, i)) for i in range(start, start + n)]
 
-    def _example(self, lang: str, task: str, split: str, dice: Dice) -> dict:
-        topic, tense, frames = self._document(dice, split, 0 if task == "topic" else 1)
-        say = lambda frame: self._say(lang, frame, tense)
-        if task == "topic": return {"text": " ".join(w for f in frames for w in say(f)), "label": f"topic{topic}"}
-        if task == "parse": return {"text": " ".join(say(frames[0])), "label": self._parse_string(frames[0], tense)}
-        if task == "entailment":
-            premise, hypothesis, label = self._pair(dice, topic, frames[0], split)
-            return {"premise": " ".join(say(premise)), "hypothesis": " ".join(say(hypothesis)), "label": label}
-        return {"tokens": (tokens := say(frames[0])), "labels": self._tags(lang, tokens, task)}
-
     def parallel(self,
                  a: str,                   # one language
                  b: str,                   # another
@@ -288,5 +154,5 @@ class World(_Labels):
                  ) -> list[dict]:          # {a: sentence, b: sentence}
         "Renderings of the same frames in two languages."
         self._check(a, split), self._check(b, split)
-        drawn = (self._document(self._dice("parallel", split, i), split, 1) for i in range(start, start + n))
-        return [{lang: " ".join(self._say(lang, frames[0], tense)) for lang in (a, b)} for _, tense, frames in drawn]
+        drawn = (self.document(self._dice("parallel", split, i), split, 1) for i in range(start, start + n))
+        return [{lang: " ".join(self.say(lang, frames[0], tense)) for lang in (a, b)} for _, tense, frames in drawn]

@@ -8,7 +8,7 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/50_bart.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/50_bart.ipynb #4e3fe4db
+# %% ../../nbs/families/50_bart.ipynb #5370a023
 def _read(c: dict) -> dict:
     "Sizes from a BART config; those that differ between the stacks carry its name."
     D = c["d_model"]
@@ -29,6 +29,7 @@ def _layer(stack: str, cross: str = "") -> str:
     .{stack}.layers.{{L}}.fc2.weight|bias                        ffn.down      hidden < ffn
     .{stack}.layers.{{L}}.final_layer_norm.weight|bias           ffn.norm      hidden"""
 
+# %% ../../nbs/families/50_bart.ipynb #90c285c7
 FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_read,
     parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version", table=f"""
     final_logits_bias                                            head.bias        one vocab       if head optional

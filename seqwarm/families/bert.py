@@ -8,13 +8,15 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/30_bert.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/30_bert.ipynb #18754b5a
+# %% ../../nbs/families/30_bert.ipynb #5c1e1d73
 def _read(c: dict) -> dict:
     "Sizes and conditions from a config in the style of BERT."
     D = c["hidden_size"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"], layers=c["num_hidden_layers"],
-                position=c["max_position_embeddings"], type=c["type_vocab_size"], labels=len(c.get("id2label") or (0, 1)), two=2)
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"],
+                layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
+                labels=len(c.get("id2label") or (0, 1)), two=2)
 
+# %% ../../nbs/families/30_bert.ipynb #c234865c
 FAMILY = Family("bert", {"bert": "Bert"}, prefix="bert", norm="post", read=_read,
     parts={"ForMaskedLM": "head", "LMHeadModel": "head", "ForPreTraining": "head pooler next", "Model": "pooler",
            "ForSequenceClassification": "pooler pooled", "ForTokenClassification": "tags"}, table="""
@@ -34,8 +36,8 @@ FAMILY = Family("bert", {"bert": "Bert"}, prefix="bert", norm="post", read=_read
     cls.predictions.bias                                     head.bias        vocab              if head
     cls.predictions.transform.dense.weight|bias              head.dense       hidden < hidden    if head
     cls.predictions.transform.LayerNorm.weight|bias          head.norm        hidden             if head
-    cls.predictions.decoder.weight                           head             vocab < hidden     = .embeddings.word_embeddings.weight   if head
-    cls.predictions.decoder.bias                             head.bias        vocab              = cls.predictions.bias                 if head
+    cls.predictions.decoder.weight                           head             vocab < hidden = .embeddings.word_embeddings.weight if head
+    cls.predictions.decoder.bias                             head.bias        vocab = cls.predictions.bias if head
     cls.seq_relationship.weight|bias                         pooler.next      two < hidden       if next
     classifier.weight|bias                                   pooler.labels    labels < hidden    if pooled
     classifier.weight|bias                                   tags             labels < hidden    if tags

@@ -8,12 +8,14 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/10_gpt2.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/10_gpt2.ipynb #7a54eb21
+# %% ../../nbs/families/10_gpt2.ipynb #5ad05864
 def _read(c: dict) -> dict:
     "Sizes from a GPT-2 config."
     D = c["n_embd"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["n_head"], ffn=c.get("n_inner") or 4*D, position=c["n_positions"], layers=c["n_layer"])
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["n_head"], ffn=c.get("n_inner") or 4*D,
+                position=c["n_positions"], layers=c["n_layer"])
 
+# %% ../../nbs/families/10_gpt2.ipynb #7f2323d7
 FAMILY = Family("gpt2", {"gpt2": "GPT2"}, prefix="transformer", norm="pre", read=_read,
     parts={"LMHeadModel": "head", "Model": ""}, strays=r"attn\.bias|attn\.masked_bias|crossattention\.bias", table="""
     .wte.weight                       embed.token      vocab hidden

@@ -8,18 +8,19 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/20_llama.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/20_llama.ipynb #f341d897
+# %% ../../nbs/families/20_llama.ipynb #ab382044
 def _read(c: dict) -> dict:
     "Sizes and conditions from the config of a Llama-like model."
     kind, D, H = c["model_type"], c["hidden_size"], c["num_attention_heads"]
     head, kv = c.get("head_dim") or D // H, c.get("num_key_value_heads") or H
     own = bool(c.get("attention_bias")) and kind in ("llama", "qwen3")
     return dict(vocab=c["vocab_size"], hidden=D, heads=H*head, kv_heads=kv*head, head=head, ffn=c["intermediate_size"],
-                layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, mlp_bias=bool(c.get("mlp_bias")) and kind == "llama",
-                qk_norm=kind == "qwen3")
+                layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, qk_norm=kind == "qwen3",
+                mlp_bias=bool(c.get("mlp_bias")) and kind == "llama")
 
-FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}, prefix="model", norm="pre", read=_read,
-    parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table="""
+# %% ../../nbs/families/20_llama.ipynb #2f1d6ca8
+FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}, prefix="model", norm="pre",
+    read=_read, parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table="""
     .embed_tokens.weight                           embed.token     vocab hidden
     .layers.{L}.self_attn.q_proj.weight            attn.q          heads < hidden
     .layers.{L}.self_attn.q_proj.bias              attn.q.bias     heads              if qkv_bias

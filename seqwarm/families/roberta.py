@@ -8,15 +8,18 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/40_roberta.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/40_roberta.ipynb #34a9fb20
+# %% ../../nbs/families/40_roberta.ipynb #4bc6ed2a
 def _read(c: dict) -> dict:
     "Sizes and conditions from a config in the style of BERT."
     D = c["hidden_size"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"], layers=c["num_hidden_layers"],
-                position=c["max_position_embeddings"], type=c["type_vocab_size"], labels=len(c.get("id2label") or (0, 1)))
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"],
+                layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
+                labels=len(c.get("id2label") or (0, 1)))
 
+# %% ../../nbs/families/40_roberta.ipynb #7a989040
 FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post", read=_read,
-    parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled", "ForTokenClassification": "tags"}, table="""
+    parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
+           "ForTokenClassification": "tags"}, table="""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
     .embeddings.token_type_embeddings.weight                 embed.type       type hidden
     .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
@@ -33,8 +36,8 @@ FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, 
     lm_head.bias                                             head.bias        vocab              if head
     lm_head.dense.weight|bias                                head.dense       hidden < hidden    if head
     lm_head.layer_norm.weight|bias                           head.norm        hidden             if head
-    lm_head.decoder.weight                                   head             vocab < hidden     = .embeddings.word_embeddings.weight   if head
-    lm_head.decoder.bias                                     head.bias        vocab              = lm_head.bias                         if head
+    lm_head.decoder.weight                                   head             vocab < hidden = .embeddings.word_embeddings.weight if head
+    lm_head.decoder.bias                                     head.bias        vocab = lm_head.bias if head
     classifier.dense.weight|bias                             pooler.dense     hidden < hidden    if pooled
     classifier.out_proj.weight|bias                          pooler.labels    labels < hidden    if pooled
     classifier.weight|bias                                   tags             labels < hidden    if tags

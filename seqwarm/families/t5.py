@@ -8,12 +8,13 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/60_t5.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/60_t5.ipynb #0919c144
+# %% ../../nbs/families/60_t5.ipynb #b4b6cbbd
 def _read(c: dict) -> dict:
     "Sizes and conditions from a T5 config."
-    H, head = c["num_heads"], c["d_kv"]
-    return dict(vocab=c["vocab_size"], hidden=c["d_model"], heads=H*head, head=head, n_heads=H, ffn=c["d_ff"], buckets=c["relative_attention_num_buckets"],
-                gated=c["feed_forward_proj"].startswith("gated")) | {"encoder.layers": c["num_layers"], "decoder.layers": c.get("num_decoder_layers") or c["num_layers"]}
+    H, head, L = c["num_heads"], c["d_kv"], c["num_layers"]
+    return dict(vocab=c["vocab_size"], hidden=c["d_model"], heads=H*head, head=head, n_heads=H, ffn=c["d_ff"],
+                buckets=c["relative_attention_num_buckets"], gated=c["feed_forward_proj"].startswith("gated")
+                ) | {"encoder.layers": L, "decoder.layers": c.get("num_decoder_layers") or L}
 
 def _attn(block: str, role: str) -> str:
     "The rows of one attention block."
@@ -32,7 +33,7 @@ def _ffn(block: str) -> str:
     {block}.DenseReluDense.wo.weight      ffn.down      hidden < ffn
     {block}.layer_norm.weight             ffn.norm      hidden"""
 
-# %% ../../nbs/families/60_t5.ipynb #6572c7e3
+# %% ../../nbs/families/60_t5.ipynb #6133ba68
 FAMILY = Family("t5", {"t5": "T5"}, prefix="", norm="pre", read=_read,
     parts={"ForConditionalGeneration": "decoder head", "Model": "decoder", "EncoderModel": ""},
     strays=r"EncDecAttention\.relative_attention_bias\.weight", table=f"""
@@ -40,18 +41,18 @@ FAMILY = Family("t5", {"t5": "T5"}, prefix="", norm="pre", read=_read,
   encoder:
     encoder.embed_tokens.weight                                                    embed.token       vocab hidden    = shared.weight
     {_attn("encoder.block.{L}.layer.0.SelfAttention", "attn")}
-    encoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight       attn.relative     buckets n_heads
+    encoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight  attn.relative     buckets n_heads
     encoder.block.{{L}}.layer.0.layer_norm.weight                                  attn.norm         hidden
     {_ffn("encoder.block.{L}.layer.1")}
     encoder.final_layer_norm.weight                                                norm.final        hidden
   decoder: if decoder
     decoder.embed_tokens.weight                                                    embed.token       vocab hidden    = shared.weight
     {_attn("decoder.block.{L}.layer.0.SelfAttention", "attn")}
-    decoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight       attn.relative     buckets n_heads
+    decoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight  attn.relative     buckets n_heads
     decoder.block.{{L}}.layer.0.layer_norm.weight                                  attn.norm         hidden
     {_attn("decoder.block.{L}.layer.1.EncDecAttention", "cross")}
     decoder.block.{{L}}.layer.1.layer_norm.weight                                  cross.norm        hidden
     {_ffn("decoder.block.{L}.layer.2")}
     decoder.final_layer_norm.weight                                                norm.final        hidden
-    lm_head.weight                                                                 head              vocab < hidden  = shared.weight  if head
+    lm_head.weight      head      vocab < hidden  = shared.weight  if head
 """)
