@@ -129,6 +129,5 @@ def test_describe_prints_the_table_by_role(here, capsys):
     assert total in out and "attn.qkv" in out and "embed.token" in out and f"{50 * 16:,}" in out
     assert main(["describe", "config-only/config.json", "--length", "16"]) == 0 and capsys.readouterr().out == out
     assert main(["describe", "martian"]) == 2 and "martian" in capsys.readouterr().err
-    pytest.importorskip("seqwarm.core.checkpoint")
     model.save_pretrained("whole")
     assert main(["describe", "whole", "--length", "16"]) == 0 and capsys.readouterr().out == out
