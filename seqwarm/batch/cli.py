@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #dcd29d2c
+# %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")
 def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, a config.json, or a name on the Hugging Face hub.")],
               length: Annotated[int, typer.Option(help="Tokens in the sequence at which attention is counted.", min=1)] = 512) -> None:
@@ -81,6 +81,7 @@ def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, 
     print(shown.loc[:, [c for c in shown if shown[c].astype(str).str.len().any()]].to_string(index=False))
     print(f"{total}; FLOPs are a token's, of one forward pass over {length} tokens, {table['flops'].sum():,.0f} in all")
 
+# %% ../../nbs/batch/40_cli.ipynb #81d3fd62
 def _layout(model: str) -> "Layout":
     "The layout of a folder, a config file, or a model of the hub (its config alone is fetched)."
     path = Path(model)
@@ -99,6 +100,7 @@ def _layout(model: str) -> "Layout":
     from seqwarm.core.layout import layout
     return layout(config)
 
+# %% ../../nbs/batch/40_cli.ipynb #e8d9ff60
 def _fetch(model: str) -> Path:
     "The config of a model of the hub, from the cache if it is there."
     from huggingface_hub import HfApi, hf_hub_download

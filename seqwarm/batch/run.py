@@ -69,7 +69,7 @@ class Parameter:
         meaning = f" ({self.comment})" if self.comment else ""
         return Refusal(f"parameter {self.name} cannot be {shown}", f"it is of type {self.type}{meaning}")
 
-# %% ../../nbs/batch/10_run.ipynb #c9e4479f
+# %% ../../nbs/batch/10_run.ipynb #52e01946
 _KINDS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict, "None": type(None)}
 
 def _types(annotation: str, name: str) -> list[ast.expr]:
@@ -92,6 +92,7 @@ def _items(node: ast.expr) -> list[ast.expr]:
     inner = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
     return _types(ast.unparse(inner), "item")
 
+# %% ../../nbs/batch/10_run.ipynb #cf1a0d64
 def _fits(types: list[ast.expr], value: Any) -> bool:
     def one(node: ast.expr) -> bool:
         kind = _head(node)
@@ -101,6 +102,7 @@ def _fits(types: list[ast.expr], value: Any) -> bool:
         return isinstance(value, _KINDS[kind]) and not (kind == "int" and isinstance(value, bool))
     return any(one(t) for t in types)
 
+# %% ../../nbs/batch/10_run.ipynb #db5049a8
 def _parse(types: list[ast.expr], text: str) -> Any:
     "The first reading of `text` that a member of the union allows."
     if text.strip().lower() in ("none", "null"): return None
@@ -226,7 +228,7 @@ def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be m
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #a87370db
+# %% ../../nbs/batch/10_run.ipynb #b20f3c5e
 def _machinery() -> tuple[type, type]:
     "papermill's client and book-keeper with our three differences; imported late, for they take a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -255,7 +257,7 @@ def _machinery() -> tuple[type, type]:
         def papermill_execute_cells(self):
             try: super().papermill_execute_cells()
             except BaseException: self.shutdown_kernel = "immediate"; raise  # Ctrl-C: do not wait for a busy kernel
-        def output(self, outs, msg, display_id, cell_index):
+        def output(self, outs, msg, display_id, cell_index):  # called for every message of the kernel
             out = super().output(outs, msg, display_id, cell_index)
             if out is not None and out.output_type == "stream": self.open_line = not out.text.endswith("\n")
             last = outs[-2] if out is not None and out.output_type == "stream" and len(outs) > 1 else {}
@@ -263,6 +265,7 @@ def _machinery() -> tuple[type, type]:
             return out
     return Client, Book
 
+# %% ../../nbs/batch/10_run.ipynb #23642119
 def _overwrite(old: str, new: str) -> str:
     "What a terminal shows after `old` and then `new`, where a carriage return begins the line anew."
     head, newline, line = old.rpartition("\n")
