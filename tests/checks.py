@@ -11,7 +11,8 @@ ENV.pop("PYTHONPATH", None)
 def sh(*cmd, **kw) -> None:
     "Run a command; its failure ends the checks."
     kw["env"] = {**ENV, **kw.pop("env", {})}
-    if (code := subprocess.run([str(c) for c in cmd], **kw).returncode): raise SystemExit(f"failed ({code}): {' '.join(map(str, cmd))}")
+    words = [str(c) for c in cmd]
+    if (code := subprocess.run(words, **kw).returncode): raise SystemExit(f"failed ({code}): {' '.join(w for w in words if len(w) < 200)[:500]}")
 
 def project_files() -> list[str]:
     "What belongs to the project: tracked, or new and not ignored; without git, the folders that matter."

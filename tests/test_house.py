@@ -96,16 +96,21 @@ def test_a_notebook_is_small_and_clean(nb):
     tagged = [c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == (1 if nb.parent.name == "recipes" else 0)
 
-@pytest.mark.parametrize("path", MODULES, ids=label)
-def test_public_names_are_few(path):
+def public(path: Path) -> tuple[list[str], list[ast.stmt]]:
+    "`__all__` of a module, and its public functions and classes."
     tree = ast.parse(path.read_text())
     [names] = [ast.literal_eval(n.value) for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"]
-    defined = [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
-    assert len(names) <= 8, names
-    for d in defined: assert ast.get_docstring(d), f"{d.name} has no docstring"
-    for f in (d for d in defined if isinstance(d, ast.FunctionDef)):
-        untyped = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.annotation is None]
-        assert not untyped, f"{f.name}: {untyped} without types"
+    return names, [n for n in tree.body if isinstance(n, (ast.FunctionDef, ast.ClassDef)) and not n.name.startswith("_")]
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_public_names_are_few(path): assert len(names := public(path)[0]) <= 8, names
+
+@pytest.mark.parametrize("path", MODULES, ids=label)
+def test_what_is_public_says_what_it_does_and_takes(path):
+    bare = [d.name for d in public(path)[1] if not ast.get_docstring(d)]
+    untyped = [f"{f.name}({a.arg})" for f in public(path)[1] if isinstance(f, ast.FunctionDef)
+               for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs) if a.annotation is None]
+    assert not bare and not untyped, f"no docstring: {bare}; no type: {untyped}"
 
 def pins() -> dict[str, Version]:
     lines = [line for line in (ROOT/"constraints.txt").read_text().splitlines() if line and not line.startswith("#")]

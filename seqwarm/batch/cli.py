@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #67b8ec8b
+# %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")
 def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, a config.json, or a name on the Hugging Face hub.")],
               length: Annotated[int, typer.Option(help="Tokens in the sequence at which attention is counted.", min=1)] = 512) -> None:
@@ -81,6 +81,7 @@ def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, 
     print(shown.loc[:, [c for c in shown if shown[c].astype(str).str.len().any()]].to_string(index=False))
     print(f"{total}; FLOPs are a token's, of one forward pass over {length} tokens, {table['flops'].sum():,.0f} in all")
 
+# %% ../../nbs/batch/40_cli.ipynb #81d3fd62
 def _layout(model: str) -> "Layout":
     "The layout of a folder, a config file, or a model of the hub (its config alone is fetched)."
     path = Path(model)
@@ -88,21 +89,30 @@ def _layout(model: str) -> "Layout":
         from seqwarm.core.checkpoint import Checkpoint
         return Checkpoint(model).layout
     file = path/"config.json" if path.is_dir() else path
-    if not file.is_file():
-        if path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1: raise Refusal(f"there is no model at {model}", "name a folder with a config.json")
-        file = _fetch(model)
+    local = path.exists() or model.startswith((".", "/", "~")) or model.count("/") > 1   # else it may be a name on the hub
+    if not file.is_file() and local: raise Refusal(f"there is no model at {model}", "name a folder with a config.json")
+    if not file.is_file(): file = _fetch(model)
     try: config = json.loads(file.read_text(encoding="utf-8"))
     except OSError as e: raise Refusal(f"{file} cannot be read: {e.strerror}", "name a config that can") from None
     except (ValueError, RecursionError): config = None
-    if not isinstance(config, dict) or "model_type" not in config: raise Refusal(f"{file} is no model's config", "it should be JSON with a model_type")
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise Refusal(f"{file} is no model's config", "it should be JSON with a model_type")
     from seqwarm.core.layout import layout
     return layout(config)
 
+# %% ../../nbs/batch/40_cli.ipynb #e8d9ff60
 def _fetch(model: str) -> Path:
-    from huggingface_hub import hf_hub_download
-    try: return Path(hf_hub_download(model, "config.json"))
+    "The config of a model of the hub, from the cache if it is there."
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+    try:
+        try: return Path(hf_hub_download(model, "config.json", local_files_only=True))
+        except LocalEntryNotFoundError: HfApi().model_info(model, timeout=10)  # says at once what downloading says after five retries
+        return Path(hf_hub_download(model, "config.json"))
     except Exception as e:  # no such name, no network, no access: each has its own class, and a first line that says it
-        raise Refusal(f"{model} is neither a folder nor found on the hub ({str(e).strip().splitlines()[0][:160]})", "check the name, or download the model first") from None
+        said = (str(e).strip() or type(e).__name__).splitlines()[0][:120]
+        do = "check the name, or download the model first"
+        raise Refusal(f"{model} is no folder here, and was not found on the hub ({said})", do) from None
 
 # %% ../../nbs/batch/40_cli.ipynb #91f4b1e5
 @app.callback(invoke_without_command=True)

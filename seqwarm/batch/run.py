@@ -16,7 +16,7 @@ import seqwarm
 from ..core.errors import Refusal, unknown
 from ..core.files import Lock, write_whole
 
-# %% ../../nbs/batch/10_run.ipynb #9b1b018f
+# %% ../../nbs/batch/10_run.ipynb #a40db86a
 def recipes() -> dict[str, Path]:  # name -> notebook, in reading order
     "The recipes that come with the package."
     home = Path(seqwarm.__file__).resolve().parent
@@ -29,13 +29,13 @@ def _recipe_name(path: Path) -> str: return re.sub(r"^\d+_", "", path.stem)
 def find_recipe(recipe: str | Path) -> Path:
     "The notebook of a recipe, given its name or a path that ends in `.ipynb`."
     if str(recipe).endswith(".ipynb"):
-        if not Path(recipe).is_file(): raise Refusal(f"there is no notebook {recipe}", f"the recipes of the package are: {', '.join(recipes())}")
-        return Path(recipe)
+        if Path(recipe).is_file(): return Path(recipe)
+        raise Refusal(f"there is no notebook {recipe}", f"the recipes of the package are: {', '.join(recipes())}")
     known = recipes()
     if recipe not in known: raise unknown("recipe", str(recipe), known)
     return known[recipe]
 
-# %% ../../nbs/batch/10_run.ipynb #d4560596
+# %% ../../nbs/batch/10_run.ipynb #ac54381c
 @dataclass(frozen=True)
 class Parameter:
     "One line of a recipe's `parameters` cell."
@@ -59,17 +59,18 @@ class Parameter:
         if not _fits(types, value): raise self._wrong(value)
         for v in value if isinstance(value, (list, tuple)) else [value]:
             if self.allowed and v is not None and str(v) not in self.allowed:
-                near = difflib.get_close_matches(str(v), self.allowed, n=1)
-                raise Refusal(f"parameter {self.name} cannot be {str(v)!r}", (f"did you mean {near[0]!r}? " if near else "") + f"it is one of: {', '.join(self.allowed)}")
+                near = "".join(f"did you mean {n!r}? " for n in difflib.get_close_matches(str(v), self.allowed, n=1))
+                raise Refusal(f"parameter {self.name} cannot be {str(v)!r}", f"{near}it is one of: {', '.join(self.allowed)}")
         if [t.id for t in types if isinstance(t, ast.Name)] == ["float"] and isinstance(value, int): return float(value)
         return list(value) if isinstance(value, tuple) else value
 
     def _wrong(self, value: Any) -> Refusal:
         shown = repr(value) if len(repr(value)) < 80 else repr(value)[:76] + "..."
-        return Refusal(f"parameter {self.name} cannot be {shown}", f"it is of type {self.type}" + (f" ({self.comment})" if self.comment else ""))
+        meaning = f" ({self.comment})" if self.comment else ""
+        return Refusal(f"parameter {self.name} cannot be {shown}", f"it is of type {self.type}{meaning}")
 
-# %% ../../nbs/batch/10_run.ipynb #f2ac5598
-_ATOMS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict, "None": type(None)}
+# %% ../../nbs/batch/10_run.ipynb #52e01946
+_KINDS = {"int": int, "float": float, "str": str, "bool": bool, "list": list, "tuple": tuple, "dict": dict, "None": type(None)}
 
 def _types(annotation: str, name: str) -> list[ast.expr]:
     "The members of an annotation's union, each a name or a subscripted name that we know."
@@ -78,8 +79,8 @@ def _types(annotation: str, name: str) -> list[ast.expr]:
         if isinstance(node, ast.Constant) and node.value is None: return [ast.Name("None")]
         return [node]
     found = members(ast.parse(annotation, mode="eval").body)
-    if all(_head(t) in _ATOMS for t in found): return found
-    raise Refusal(f"parameter {name} has the type {annotation}, which a parameters cell cannot have", f"use one of: {', '.join(_ATOMS)}")
+    if all(_head(t) in _KINDS for t in found): return found
+    raise Refusal(f"parameter {name} has the type {annotation}, which a parameters cell cannot have", f"use one of: {', '.join(_KINDS)}")
 
 def _head(node: ast.expr) -> str:
     node = node.value if isinstance(node, ast.Subscript) else node
@@ -91,14 +92,17 @@ def _items(node: ast.expr) -> list[ast.expr]:
     inner = node.slice.elts[0] if isinstance(node.slice, ast.Tuple) else node.slice
     return _types(ast.unparse(inner), "item")
 
+# %% ../../nbs/batch/10_run.ipynb #cf1a0d64
 def _fits(types: list[ast.expr], value: Any) -> bool:
     def one(node: ast.expr) -> bool:
         kind = _head(node)
-        if kind in ("list", "tuple"): return isinstance(value, (list, tuple)) and (not isinstance(node, ast.Subscript) or all(_fits(_items(node), v) for v in value))
+        if kind in ("list", "tuple"):
+            return isinstance(value, (list, tuple)) and (not isinstance(node, ast.Subscript) or all(_fits(_items(node), v) for v in value))
         if kind == "float": return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-        return isinstance(value, _ATOMS[kind]) and not (kind == "int" and isinstance(value, bool))
+        return isinstance(value, _KINDS[kind]) and not (kind == "int" and isinstance(value, bool))
     return any(one(t) for t in types)
 
+# %% ../../nbs/batch/10_run.ipynb #db5049a8
 def _parse(types: list[ast.expr], text: str) -> Any:
     "The first reading of `text` that a member of the union allows."
     if text.strip().lower() in ("none", "null"): return None
@@ -117,7 +121,7 @@ def _parse_one(node: ast.expr, text: str) -> Any:
     if kind in ("list", "tuple"): return [_parse(_items(node), piece.strip()) for piece in text.split(",") if piece.strip()]
     raise ValueError(text)
 
-# %% ../../nbs/batch/10_run.ipynb #f5673ef3
+# %% ../../nbs/batch/10_run.ipynb #9df99022
 def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> parameter, in the order of the cell
     "What a recipe lets one vary, read from its cell tagged `parameters`."
     where, cells = Path(notebook), _read(notebook)["cells"]
@@ -125,11 +129,23 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> paramet
     if len(tagged) != 1: raise Refusal(f"{where} has {len(tagged)} cells tagged 'parameters'", "a recipe has exactly one")
     source = "".join(tagged[0]["source"])
     try:
-        comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokenize.generate_tokens(io.StringIO(source).readline) if t.type == tokenize.COMMENT}
+        tokens = tokenize.generate_tokens(io.StringIO(source).readline)
+        comments = {t.start[0]: t.string.lstrip("# ").strip() for t in tokens if t.type == tokenize.COMMENT}
         found = [_parameter(node, comments.get(node.end_lineno, "")) for node in ast.parse(source).body]
-    except (SyntaxError, tokenize.TokenError, ValueError) as e: raise Refusal(f"the parameters cell of {where} cannot be read: {e}", "write lines like: steps: int = None  # comment") from None
+    except (SyntaxError, tokenize.TokenError, ValueError) as e:
+        raise Refusal(f"the parameters cell of {where} cannot be read: {e}", "write lines like: steps: int = None  # comment") from None
     return {p.name: p for p in found}
 
+def _read(notebook: str | Path) -> dict:
+    try:
+        nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
+        if isinstance(nb, dict) and isinstance(nb.get("cells"), list) and all(isinstance(c, dict) and "source" in c for c in nb["cells"]):
+            return nb
+    except OSError as e: raise Refusal(f"{notebook} cannot be read: {e.strerror}", "name a notebook that can") from None
+    except (ValueError, RecursionError): pass
+    raise Refusal(f"{notebook} is not a notebook", "name a file that JupyterLab can open")
+
+# %% ../../nbs/batch/10_run.ipynb #3df86271
 def _parameter(node: ast.stmt, comment: str) -> Parameter:
     target = node.target if isinstance(node, ast.AnnAssign) else node.targets[0] if isinstance(node, ast.Assign) else None
     if not isinstance(target, ast.Name) or node.value is None: raise ValueError(f"{ast.unparse(node)!r} is not an assignment of a literal")
@@ -141,21 +157,13 @@ def _parameter(node: ast.stmt, comment: str) -> Parameter:
     _types(kind, target.id); found.check(default)
     return found
 
-def _read(notebook: str | Path) -> dict:
-    try:
-        nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
-        if isinstance(nb, dict) and isinstance(nb.get("cells"), list) and all(isinstance(c, dict) and "source" in c for c in nb["cells"]): return nb
-    except OSError as e: raise Refusal(f"{notebook} cannot be read: {e.strerror}", "name a notebook that can") from None
-    except (ValueError, RecursionError): pass
-    raise Refusal(f"{notebook} is not a notebook", "name a file that JupyterLab can open")
-
 def describe_parameters(recipe: str | Path) -> str:  # a table, one line a parameter
     "The parameters of a recipe with type, default and meaning, for the terminal."
     rows = [(p.name, p.type, repr(p.default), p.comment) for p in parameters(find_recipe(recipe)).values()]
     wide = [max((len(r[i]) for r in rows), default=0) for i in range(3)]
-    return "\n".join("  ".join(c.ljust(w) for c, w in zip(r, wide)) + f"  {r[3]}" for r in rows)
+    return "\n".join("  ".join(r[i].ljust(wide[i]) for i in range(3)) + f"  {r[3]}" for r in rows)
 
-# %% ../../nbs/batch/10_run.ipynb #065c117f
+# %% ../../nbs/batch/10_run.ipynb #7efa01a1
 def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dict[str, Any]:
     "Every parameter of the recipe with its value for this run."
     known, given = parameters(notebook), dict(given)
@@ -170,7 +178,8 @@ def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dic
 
 def _folder(runs: str, name: str) -> Path:
     "The folder of a run, which can be made or is one."
-    if not re.fullmatch(r"\w[\w.+=@-]{0,200}", name) or name == "store": raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @ (and not 'store', where trainings are kept)")
+    if not re.fullmatch(r"\w[\w.+=@-]{0,200}", name) or name == "store":
+        raise Refusal(f"{name!r} cannot name a run", "use letters, digits and . _ - + = @ (and not 'store', where trainings are kept)")
     folder = Path(runs)/name
     for place in (folder, *folder.parents):
         if not place.exists(): continue
@@ -179,12 +188,13 @@ def _folder(runs: str, name: str) -> Path:
         return folder
     return folder
 
-# %% ../../nbs/batch/10_run.ipynb #a4eb915e
+# %% ../../nbs/batch/10_run.ipynb #9f8ce98a
 def _before(folder: Path, recipe: str, wishes: dict[str, Any]) -> dict | None:  # the record of the finished run, if it is
     "What an earlier run left in the folder; a Refusal if that was another run."
     record, was = _json(folder/"record.json"), (_json(folder/"notebook.ipynb") or {}).get("metadata", {}).get("seqwarm")
     if was is None and record is not None:  # it was run by hand: the record holds every value, also those that a scale set
-        was = {"recipe": record.get("recipe", recipe), "parameters": {k: v for k, v in record.get("parameters", {}).items() if wishes.get(k) is not None}}
+        values = {k: v for k, v in record.get("parameters", {}).items() if wishes.get(k) is not None}
+        was = {"recipe": record.get("recipe", recipe), "parameters": values}
     if was is not None:
         other = [k for k, v in was["parameters"].items() if k != "runs" and (k not in wishes or wishes[k] != v)]
         other += [k for k in wishes if k != "runs" and wishes[k] is not None and k not in was["parameters"]]
@@ -199,23 +209,26 @@ def _json(path: Path) -> dict | None:
     except (OSError, ValueError): return None
     return found if isinstance(found, dict) else None
 
-def _free(folder: Path) -> str: return next(f"{folder.name}-{i}" for i in range(2, 10**6) if not folder.with_name(f"{folder.name}-{i}").exists())
+def _free(folder: Path) -> str:
+    return next(n for n in (f"{folder.name}-{i}" for i in range(2, 10**6)) if not folder.with_name(n).exists())
 
+# %% ../../nbs/batch/10_run.ipynb #7088aee5
 @contextmanager
-def _hold(folder: Path) -> Iterator[bool]:  # whether the folder is new
-    "Keep other runners out of the folder; a folder that was new and has come to nothing goes away again."
-    new = not folder.exists()
+def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be made, the innermost first
+    "Keep other runners out of the folder while this one works in it."
+    new = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     fd = os.open(folder, os.O_RDONLY)
     try:
         try: fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError: raise Refusal(f"{folder} is in use by another process", "wait for it, or give this run another name") from None
+        except BlockingIOError:
+            raise Refusal(f"{folder} is in use by another process", "wait for it, or give this run another name") from None
         Lock(folder).release()  # a kernel that outlived its runner holds this one
         yield new
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #801c7432
+# %% ../../nbs/batch/10_run.ipynb #b20f3c5e
 def _machinery() -> tuple[type, type]:
     "papermill's client and book-keeper with our three differences; imported late, for they take a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -244,14 +257,15 @@ def _machinery() -> tuple[type, type]:
         def papermill_execute_cells(self):
             try: super().papermill_execute_cells()
             except BaseException: self.shutdown_kernel = "immediate"; raise  # Ctrl-C: do not wait for a busy kernel
-        def output(self, outs, msg, display_id, cell_index):
+        def output(self, outs, msg, display_id, cell_index):  # called for every message of the kernel
             out = super().output(outs, msg, display_id, cell_index)
             if out is not None and out.output_type == "stream": self.open_line = not out.text.endswith("\n")
-            if out is not None and out.output_type == "stream" and len(outs) > 1 and outs[-2].output_type == "stream" and outs[-2].name == out.name:
-                outs[-2].text = _overwrite(outs[-2].text, out.text); outs.pop()
+            last = outs[-2] if out is not None and out.output_type == "stream" and len(outs) > 1 else {}
+            if last and last.get("name") == out.name: last.text = _overwrite(last.text, out.text); outs.pop()
             return out
     return Client, Book
 
+# %% ../../nbs/batch/10_run.ipynb #23642119
 def _overwrite(old: str, new: str) -> str:
     "What a terminal shows after `old` and then `new`, where a carriage return begins the line anew."
     head, newline, line = old.rpartition("\n")
@@ -293,7 +307,7 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
             said = (" ".join(out.evalue.split()) or "no message")[:300]
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
 
-# %% ../../nbs/batch/10_run.ipynb #d4485f4f
+# %% ../../nbs/batch/10_run.ipynb #5d302078
 def run(recipe: str | Path,                  # its name, or a path to a notebook
         parameters: dict[str, Any] | None = None,  # what differs from the notebook's own values
         scale: str | None = None,            # smoke | demo | full
@@ -311,7 +325,10 @@ def run(recipe: str | Path,                  # its name, or a path to a notebook
     with _hold(folder) as new:
         try: _execute(notebook, folder, wishes, show)
         except Refusal:
-            if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")): shutil.rmtree(folder)
+            if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")):
+                shutil.rmtree(folder)
+                for outer in new[1:]:
+                    if not any(outer.iterdir()): outer.rmdir()
             raise
     record = _json(folder/"record.json") or {}
     if show: _say(folder, record)
