@@ -127,7 +127,7 @@ def _hub(source: Source) -> Iterator[str]:
         raise Refusal(f"{source} can't be opened ({str(e)[:160]})", "check name, config and split, and the network") from e
     yield from _rows(dataset, source)
 
-# %% ../../nbs/core/50_corpus.ipynb #95cbd7f3
+# %% ../../nbs/core/50_corpus.ipynb #cd71da2b
 @dataclass(frozen=True)
 class Tokens:
     "A source as token ids: `ids` [N], `starts` [documents] (offsets into ids), and what it holds."
@@ -156,7 +156,7 @@ def tokenize(source: Source, tokenizer, split: str = "train") -> Tokens:
             with whole_folder(folder) as tmp:
                 for name, array in [("ids", ids), ("starts", starts), ("words", np.array(words))]: np.save(tmp/f"{name}.npy", array)
                 (tmp/"fingerprint").write_text(fingerprint(ids.tobytes() + starts.tobytes()))
-        except OSError:
+        except (OSError, Refusal):
             if not folder.exists(): raise  # otherwise another process was quicker
     read = lambda name: np.load(folder/f"{name}.npy", mmap_mode="r")
     return Tokens(read("ids"), read("starts"), int(read("words")), (folder/"fingerprint").read_text())

@@ -62,7 +62,7 @@ def _optimizer(model: torch.nn.Module, lay: Layout, stage: Stage) -> torch.optim
               dict(params=[p for p in awake if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=(0.9, 0.98), fused=True)
 
-# %% ../../nbs/core/80_train.ipynb #f0bf042d
+# %% ../../nbs/core/80_train.ipynb #9b0d7888
 def _nll(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "Sum over the asked positions of -log p(label), in nats, float32."
     logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
@@ -75,7 +75,7 @@ def evaluate(model, corpus: Corpus, ask, tokenizer,
              accelerator: Accelerator | None = None,  # shares the work among its ranks
              ) -> float:                              # nats for each asked token
     "Mean loss on fixed samples, the same whenever it is called."
-    acc, was = accelerator or Accelerator(), model.training
+    acc, was = accelerator or Accelerator(cpu=not torch.accelerator.is_available()), model.training
     model.eval()
     config, total = acc.unwrap_model(model).config, torch.zeros(2, dtype=torch.float64, device=acc.device)
     for first in range(acc.process_index * batch, sequences, acc.num_processes * batch):
@@ -178,7 +178,7 @@ def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
         since, fresh = time.perf_counter(), 0
     acc.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False); acc.free_memory()
 
-# %% ../../nbs/core/80_train.ipynb #e1e16513
+# %% ../../nbs/core/80_train.ipynb #6b4c420f
 @dataclass(frozen=True)
 class Trained:
     "A finished training: where its checkpoint lies, and how it went."
@@ -208,7 +208,7 @@ def train(model: transformers.PreTrainedModel,    # trained in place
           track: str | None = None,               # 'tensorboard' or another of accelerate's trackers
           ) -> Trained:
     "Train a model through its stages, or find it trained."
-    acc = Accelerator(mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=track, project_dir=str(store))
+    acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=track, project_dir=str(store))
     if batch % (acc.num_processes * accumulate):
         raise Refusal(f"a batch of {batch} can't be cut into {acc.num_processes} ranks x {accumulate} parts", "choose a multiple")
     steps = sum(s.steps for s in stages); every = every or max(1, round(steps / 50))
