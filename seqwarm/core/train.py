@@ -151,7 +151,7 @@ class _Loop:
         self.book["rows"].append(dict(step=self.book["step"], **self.book["cost"], lr=lr, train=loss, loss=valid))
         if self.acc.log_with: self.acc.log({"valid": valid, "lr": lr} | ({"train": loss} if loss else {}), step=self.book["step"])
 
-# %% ../../nbs/core/80_train.ipynb #e5c34b29
+# %% ../../nbs/core/80_train.ipynb #fb930ead
 def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
     "The steps of a stage that are still to do; its first has the number `begin`."
     acc, book, ask, end = loop.acc, loop.book, objective(stage.objective), begin + stage.steps
@@ -171,8 +171,8 @@ def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
         if (bad := np.flatnonzero(~np.isfinite(book["recent"]))).size:
             raise Refusal(f"the loss became {book['recent'][bad[0]]} in step {book['step'] - len(recent) + bad[0]} (learning rate {lr:.2g}, gradient norm now {norm.item():.3g})",
                           "lower the learning rate; the last good state is kept")
-        book["cost"]["seconds"] += spent; loop.bar.update(fresh)
-        loop.bar.set_postfix_str(f"loss {book['recent'][-1]:.3f}, {fresh * tokens / spent:,.0f} tokens/s")
+        book["cost"]["seconds"] += spent
+        loop.bar.set_postfix_str(f"loss {book['recent'][-1]:.3f}, {fresh * tokens / spent:,.0f} tokens/s", refresh=False); loop.bar.update(fresh)
         if row: loop.measure(ask, float(np.mean(book["recent"])), lr); recent, book["recent"] = [], []
         if keep: loop.state.keep(book)
         since, fresh = time.perf_counter(), 0

@@ -6,7 +6,7 @@
 __all__ = ['SIZES', 'sized', 'tokenizer_of', 'language_model', 'Language', 'pretrain', 'existing', 'warm', 'scratch', 'best_rate',
            'compare', 'results', 'floor_of', 'means', 'claims_of', 'told']
 
-# %% ../../nbs/recipes/10_clp.ipynb #08a547d9
+# %% ../../nbs/recipes/10_clp.ipynb #e438162d
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from ..core.files import fingerprint
 from ..core.ledger import Cost, crossing, saved
 from ..core.train import Stage, Trained, train
 from ..core.vocab import load_tokenizer, overlap, train_tokenizer
-from ..methods.clp import METHODS, clp
+from ..methods.clp import METHODS, clp, report
 
 # %% ../../nbs/recipes/10_clp.ipynb #26fe7d70
 _COMMON = dict(length=128, batch=16, heads=4)
