@@ -1,5 +1,5 @@
 "CLP-Transfer against slow plain code, and from folder to folder into what transformers loads."
-import json, subprocess, sys
+import json, os, subprocess, sys
 import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
@@ -250,12 +250,13 @@ torch.set_num_threads(1)
 from seqwarm.core.checkpoint import Checkpoint, write
 from seqwarm.methods.clp import clp
 a, b = Checkpoint(sys.argv[1] + "/source"), Checkpoint(sys.argv[1] + "/helper")
-write(clp(a, b, method=sys.argv[3], seed=4), {"source": a, "helper": b}, sys.argv[2])
+for m in "guarded", "random": write(clp(a, b, method=m, seed=4), {"source": a, "helper": b}, sys.argv[2] + m)
 """
 
-@pytest.mark.parametrize("method", ["guarded", "random"])
-def test_the_same_bytes_in_two_processes(method, tmp_path):
-    import os
+def test_the_same_bytes_in_two_processes(tmp_path):
     put(tmp_path/"source", gpt2(en), en), put(tmp_path/"helper", llama(de), de)
-    for seed in "1", "2": subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(tmp_path/seed), method], check=True, env=dict(os.environ, PYTHONHASHSEED=seed))
-    for f in ("model.safetensors", "plan.safetensors", "plan.json", "config.json"): assert (tmp_path/"1"/f).read_bytes() == (tmp_path/"2"/f).read_bytes()
+    for seed in "1", "2":
+        subprocess.run([sys.executable, "-c", RUN, str(tmp_path), str(tmp_path/seed)], check=True, env=dict(os.environ, PYTHONHASHSEED=seed))
+    for m in "guarded", "random":
+        for f in ("model.safetensors", "plan.safetensors", "plan.json", "config.json"):
+            assert (tmp_path/f"1{m}"/f).read_bytes() == (tmp_path/f"2{m}"/f).read_bytes()

@@ -64,7 +64,7 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
                       "convert them where you trust them: AutoModel.from_pretrained(IN).save_pretrained(OUT) with the model's own class")
     raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model?")
 
-# %% ../../nbs/core/20_checkpoint.ipynb #f5ff1155
+# %% ../../nbs/core/20_checkpoint.ipynb #d00ad8dc
 def _folder(path: str | Path) -> Path:
     "The local folder of a checkpoint, downloaded if `path` is a name on the hub."
     if Path(path).is_dir(): return Path(path)
@@ -75,7 +75,8 @@ def _folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
     try: return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (OSError, HFValidationError) as e:  # not found, gated, offline: all are OSErrors there
-        raise Refusal(f"there is no folder {path}, and the hub does not give it ({type(e).__name__})", "check the name and the network") from e
+        raise Refusal(f"there is no folder {path}, and the hub does not give it ({type(e).__name__})",
+                      "check the name and the network") from e
 
 def _own_code(config: dict, path: Any) -> None:
     from transformers import CONFIG_MAPPING
@@ -140,7 +141,7 @@ def _weights_fingerprint(files: Iterable[Path]) -> str: return fingerprint([file
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
            "I32": torch.int32, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn}
 
-# %% ../../nbs/core/20_checkpoint.ipynb #7bb1fc0b
+# %% ../../nbs/core/20_checkpoint.ipynb #06f8cfcc
 @dataclass
 class Card:
     "What a checkpoint is, whence it comes, what it cost."
@@ -167,9 +168,10 @@ class Card:
         "The card that lies in a folder."
         data = _json(Path(folder)/"seqwarm.json")
         try: return cls(**data)
-        except TypeError as e: raise Refusal(f"{Path(folder)/'seqwarm.json'} is no card ({e})", "take it away, or write the checkpoint again") from e
+        except TypeError as e:
+            raise Refusal(f"{Path(folder)/'seqwarm.json'} is no card ({e})", "take it away, or write the checkpoint again") from e
 
-# %% ../../nbs/core/20_checkpoint.ipynb #864a962e
+# %% ../../nbs/core/20_checkpoint.ipynb #86c4132b
 def _stream(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> tuple[list[Path], set[torch.dtype]]:
     "Write tensors to shards of at most `limit` bytes (a larger tensor stands alone); returns the files and the dtypes."
     parts, shard, size, where, total, dtypes = [], {}, 0, {}, 0, set()
@@ -190,7 +192,8 @@ def _stream(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: in
     flush()
     names = [f"model-{i+1:05}-of-{len(parts):05}.safetensors" for i in range(len(parts))] if len(parts) > 1 else [_WEIGHTS]
     for part, n in zip(parts, names): os.rename(part, folder/n)
-    if len(parts) > 1: write_whole(folder/_INDEX, {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in where.items()}})
+    index = {"metadata": {"total_size": total}, "weight_map": {k: names[i] for k, i in where.items()}}
+    if len(parts) > 1: write_whole(folder/_INDEX, index)
     return [folder/n for n in names], dtypes
 
 def _config(plan: Plan, dtypes: set[torch.dtype] = frozenset()):

@@ -93,13 +93,14 @@ def _logs(counts: dict[str, int]) -> dict[str, float]:
     total = math.log(sum(counts.values()))
     return {piece: math.log(n) - total for piece, n in counts.items()}
 
-# %% ../../nbs/core/30_vocab.ipynb #3d5224ad
+# %% ../../nbs/core/30_vocab.ipynb #2ceea7ad
 def load_tokenizer(path: str | Path,      # a folder with a tokenizer, or a name on the hub
                    ) -> PreTrainedTokenizerFast:
     "The tokenizer of a checkpoint; never runs code of the repository."
     folder = Path(path)
     if folder.is_dir():
-        known = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model", "sentencepiece.bpe.model")
+        known = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt", "spiece.model", "tokenizer.model",
+                 "sentencepiece.bpe.model")
         if not any((folder/name).exists() for name in known):
             raise Refusal(f"{path} holds no tokenizer", "save one into it with tokenizer.save_pretrained")
         broken = _broken_json([folder/n for n in ("tokenizer.json", "tokenizer_config.json") if (folder/n).exists()])

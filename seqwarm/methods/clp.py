@@ -16,7 +16,7 @@ from ..core.errors import Refusal, unknown
 from ..core.plan import Plan, Row, operation
 from ..core.vocab import Overlap, load_tokenizer, overlap, spell
 
-# %% ../../nbs/methods/10_clp.ipynb #c323f6c7
+# %% ../../nbs/methods/10_clp.ipynb #cb050517
 _CHUNK = 4096  # rows at once
 
 def _fill(S: Tensor, rule: Callable[[Tensor, Tensor], Tensor], shape: tuple, origin: Tensor, anchors: Tensor, axis: int,
@@ -30,7 +30,7 @@ def _fill(S: Tensor, rule: Callable[[Tensor, Tensor], Tensor], shape: tuple, ori
     out[copied] = flat[origin[copied]]
     for ids in torch.nonzero(~copied & (origin > -2))[:, 0].split(_CHUNK):
         rows = rule(flat, ids)
-        if not bool(torch.isfinite(rows).all()): raise Refusal("a weighted mean of token embeddings is not finite", "use the method 'guarded'")
+        if not bool(torch.isfinite(rows).all()): raise Refusal("a new row of the table is not finite", "use the method 'guarded'")
         out[ids] = rows.to(S.dtype)
     return out.reshape(len(origin), *rest).movedim(0, axis)
 
@@ -92,11 +92,12 @@ def _guarded(S: Tensor, H: Tensor, E: Tensor | None = None, /, *, shape, origin:
         return m + torch.where(below > 0, _helper(H, ids) @ K/below, 0.0)
     return _fill(S, rule, shape, origin, anchors, axis)
 
-# %% ../../nbs/methods/10_clp.ipynb #1885b2e0
+# %% ../../nbs/methods/10_clp.ipynb #0d6be29b
 _BYTES = 1 << 27  # for a chunk of cosines in float32
 
 @operation("embed.softmax")
-def _softmax(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, top_k: int | None = None, temperature: float = 0.1) -> Tensor:
+def _softmax(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0,
+             top_k: int | None = None, temperature: float = 0.1) -> Tensor:
     unit, flat = _helper(H, anchors).float(), _flat(S, axis)
     A, k = flat[origin[anchors]].float(), min(top_k or len(anchors), len(anchors))
     m = _mean(A).float()
@@ -177,7 +178,7 @@ def _shift(x: Tensor, *, by: int) -> Tensor:
     "Rows moved down by `by`; the first rows, which no position uses, are repeated or cut."
     return torch.cat([x[:1].expand(by, -1), x]) if by > 0 else x[-by:]
 
-# %% ../../nbs/methods/10_clp.ipynb #4315bc3a
+# %% ../../nbs/methods/10_clp.ipynb #1c0e6c64
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -195,9 +196,9 @@ def clp(source: Checkpoint,              # the large model of the other language
     both, E, H = overlap(theirs, ours), source.layout.one("embed.token"), helper.layout.one("embed.token")
     beyond = [t for t in both.missing + both.shared_target if t >= H.shape[0] and t not in {b for _, b in both.roles.values()}]
     beyond = [t for t in beyond if t not in set(ours.added_tokens_decoder)]
-    if beyond: raise Refusal(f"the helper's tokenizer has the token {ours.convert_ids_to_tokens(min(beyond))!r} (id {min(beyond)}) and its model only "
-                             f"{H.shape[0]} rows", "do tokenizer and model belong together?")
-    if not both.missing: raise Refusal("the source knows every token of the helper already", "go on training the source with its own tokenizer")
+    if beyond: raise Refusal(f"the helper's tokenizer has the token {ours.convert_ids_to_tokens(min(beyond))!r} (id {min(beyond)}) "
+                             f"and its model only {H.shape[0]} rows", "do tokenizer and model belong together?")
+    if not both.missing: raise Refusal("the source knows every token of the helper already", "go on training it with its own tokenizer")
     rows = -(-both.size//pad_to)*pad_to
     arrays = _arrays(both, E.shape[E.axes.index("vocab")], H.shape[0], rows)
     if method == "fvt": arrays |= dict(zip(("flat", "offsets"), map(torch.tensor, _pieces(arrays, theirs, ours, E.shape[0]))))
@@ -205,7 +206,8 @@ def clp(source: Checkpoint,              # the large model of the other language
     shift = (config.get("pad_token_id") or 0) - (source.config.get("pad_token_id") or 0) if source.layout.family == "roberta" else 0
     if shift: config["max_position_embeddings"] += shift
     def row(n, t):
-        if "vocab" not in t.axes: return Row(n, "embed.shift", f"source:{n}", {"by": shift}) if shift and t.role == "embed.position" else Row(n, "copy", f"source:{n}")
+        if shift and t.role == "embed.position": return Row(n, "embed.shift", f"source:{n}", {"by": shift})
+        if "vocab" not in t.axes: return Row(n, "copy", f"source:{n}")
         read = {"S": f"source:{n}", "H": f"helper:{H.name}"} | ({"E": f"source:{E.name}"} if n != E.name else {})
         args = defaults | options | ({"axis": a} if (a := t.axes.index("vocab")) else {})
         return Row(n, op, tuple(read[x] for x in tables if x in read), args, {k: k for k in arrays})
@@ -221,11 +223,11 @@ def _pieces(arrays: dict, theirs, ours, source_rows: int) -> tuple[list[int], li
     kept = [p < source_rows for p in flat]
     return [p for p, k in zip(flat, kept) if k], [sum(kept[:o]) for o in offsets]
 
-# %% ../../nbs/methods/10_clp.ipynb #769f28da
+# %% ../../nbs/methods/10_clp.ipynb #c0038b9d
 def report(plan: Plan,                         # from `clp`
            sources: Mapping[str, Any],         # the same as for applying
            ) -> tuple[dict, pd.DataFrame]:     # facts; and a line a token: id, kind, norm, row_sum, guarded
-    "What the plan makes of the vocabulary, without writing anything."
+    "What the plan makes of the vocabulary, without writing anything; `guarded` are the rows that the guard holds, or would hold."
     row = next(r for r in plan.rows if "origin" in r.arrays and plan.layout.tensors[r.target].role == "embed.token")
     origin, anchors = plan.arrays["origin"], plan.arrays["anchors"]
     table = plan.make(row.target, sources).float()
@@ -241,8 +243,9 @@ def report(plan: Plan,                         # from `clp`
     zero = int((_helper(H, new) == 0).all(1).sum())
     n, median = rows.kind.value_counts().to_dict(), rows.groupby("kind").norm.median().to_dict()
     sums = rows.row_sum.dropna()
-    facts = dict(rows=len(origin), **{k: n.get(k, 0) for k in ("shared", "special", "new", "padding")}, share=len(anchors)/max(1, len(origin) - n.get("padding", 0)),
-                 norm_new=median.get("new"), norm_shared=median.get("shared"), norm_ratio=median["new"]/max(median["shared"], 1e-30) if "new" in median else None,
-                 norm_new_max=float(rows.norm[rows.kind == "new"].max()), smallest_row_sum=float(sums.min()), smallest_abs_row_sum=float(sums.abs().min()),
+    facts = dict(rows=len(origin), **{k: n.get(k, 0) for k in ("shared", "special", "new", "padding")},
+                 share=len(anchors)/max(1, len(origin) - n.get("padding", 0)), norm_new=median["new"], norm_shared=median["shared"],
+                 norm_ratio=median["new"]/max(median["shared"], 1e-30), norm_new_max=float(rows.norm[rows.kind == "new"].max()),
+                 smallest_row_sum=float(sums.min()), smallest_abs_row_sum=float(sums.abs().min()),
                  negative_row_sums=int((sums < 0).sum()), guarded=int(rows.guarded.sum()), zero_helper_rows=zero)
     return facts, rows
