@@ -67,6 +67,8 @@ def test_specials_by_role_not_by_spelling():
     assert dict(zip(got.special_target, got.special_source)) == {0: 2, 1: 3, 2: 0, 3: 1, 4: 4}  # <s>=[CLS], </s>=[SEP], ...
     back = overlap(target, source)
     assert dict(zip(back.special_target, back.special_source)) == {0: 2, 1: 3, 2: 0, 3: 1, 4: 4}
+    plain = overlap(wordpiece(["hund", "<mask>", ","]), target)  # an ordinary token of the source that is spelt like our special one
+    assert 4 not in plain.shared_target and dict(zip(plain.special_target, plain.special_source))[4] == 4
     lone = train_tokenizer(ENGLISH, 320)
     lone.mask_token = lone.pad_token = None
     assert {2, 4} <= set(overlap(lone, target).missing)
