@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Stage', 'evaluate', 'Trained', 'train']
 
-# %% ../../nbs/core/80_train.ipynb #6b00d154
-import json, math, shutil, time
+# %% ../../nbs/core/80_train.ipynb #905e2ff5
+import json, logging, math, shutil, time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -87,7 +87,7 @@ def evaluate(model, corpus: Corpus, ask, tokenizer,
     nll, asked = acc.reduce(total).tolist()
     return nll / asked
 
-# %% ../../nbs/core/80_train.ipynb #ffbe72ae
+# %% ../../nbs/core/80_train.ipynb #d3f922d5
 class _State:
     "The states of one training, in `folder/state-000000123`: whole or not there."
     def __init__(self, folder: Path, acc: Accelerator): self.folder, self.acc = folder, acc
@@ -109,6 +109,7 @@ class _State:
         acc.wait_for_everyone()
 
     def _write(self, tmp: Path, book: dict) -> None:
+        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it would tell of tied weights each time
         self.acc.save_state(str(tmp))
         if self.acc.is_main_process: write_whole(tmp/"book.json", book)
 
@@ -150,7 +151,7 @@ class _Loop:
         self.book["rows"].append(dict(step=self.book["step"], **self.book["cost"], lr=lr, train=loss, loss=valid))
         if self.acc.log_with: self.acc.log({"valid": valid, "lr": lr} | ({"train": loss} if loss else {}), step=self.book["step"])
 
-# %% ../../nbs/core/80_train.ipynb #48f62df1
+# %% ../../nbs/core/80_train.ipynb #e5c34b29
 def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
     "The steps of a stage that are still to do; its first has the number `begin`."
     acc, book, ask, end = loop.acc, loop.book, objective(stage.objective), begin + stage.steps
@@ -167,8 +168,8 @@ def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
         row, keep = (book["step"] % n == 0 or book["step"] == end for n in (loop.every, loop.save_every))
         if not (row or keep or fresh == 10): continue
         book["recent"] = torch.stack(recent).tolist(); spent = time.perf_counter() - since
-        if not np.isfinite(book["recent"]).all():
-            raise Refusal(f"the loss became {book['recent'][-1]} near step {book['step']} (learning rate {lr:.2g}, gradient norm {norm.item():.3g})",
+        if (bad := np.flatnonzero(~np.isfinite(book["recent"]))).size:
+            raise Refusal(f"the loss became {book['recent'][bad[0]]} in step {book['step'] - len(recent) + bad[0]} (learning rate {lr:.2g}, gradient norm now {norm.item():.3g})",
                           "lower the learning rate; the last good state is kept")
         book["cost"]["seconds"] += spent; loop.bar.update(fresh)
         loop.bar.set_postfix_str(f"loss {book['recent'][-1]:.3f}, {fresh * tokens / spent:,.0f} tokens/s")

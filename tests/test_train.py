@@ -1,0 +1,113 @@
+"""Training: killed anywhere and resumed to the last bit, equal to a plain loop, equal over ranks, and stopped when the loss is no number."""
+import json, os, random, signal, subprocess, sys, time
+from pathlib import Path
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from seqwarm.core import train as module
+from seqwarm.core.checkpoint import Checkpoint
+from seqwarm.core.errors import Refusal
+from seqwarm.core.objectives import Draws, causal
+from seqwarm.core.train import Stage, _Loop, _State, train
+import train_small
+
+SCRIPT = Path(train_small.__file__)
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    threads = torch.get_num_threads()
+    yield tmp_path_factory.mktemp("train")
+    torch.set_num_threads(threads)
+
+@pytest.fixture(scope="module")
+def calm(folder): return train_small.main(str(folder), str(folder/"calm"), 0.1)
+
+def weights(trained_path): c = Checkpoint(trained_path); return {n: c.read(n) for n in c.names}
+def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+
+def test_sigkill_anywhere_and_resumed_is_bit_equal(folder, calm):
+    store, rng, kills = folder/"struck", random.Random(0), 0
+    for _ in range(8):
+        process = subprocess.Popen([sys.executable, SCRIPT, folder, store, "0.1", "0.02"], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        if process.stdout.readline():  # the first step: from here on anywhere
+            time.sleep(rng.uniform(0, 0.7)); process.send_signal(signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL; process.stdout.close()
+        if list(store.glob("*/model")): break
+    trained = train_small.main(str(folder), str(store), 0.1)
+    assert kills >= 2 and equal(weights(trained.path), weights(calm.path))
+    assert trained.history.drop(columns="seconds").equals(calm.history.drop(columns="seconds"))
+    assert trained.card.cost["tokens"] == 60 * 4 * 16 and not list(trained.path.parent.glob("state-*"))
+
+def test_what_was_trained_is_found_again(folder, calm, monkeypatch):
+    monkeypatch.setattr(module, "_run_stage", lambda *_: pytest.fail("trained again"))
+    assert train_small.main(str(folder), str(folder/"calm"), 0.1).path == calm.path
+
+def test_the_loop_is_a_plain_loop(folder):
+    "The same updates by hand: plain AdamW, plain clipping, plain masks, no accelerate."
+    trained, seen = train_small.main(str(folder), str(folder/"plain")), {}
+    def spy(model, tokenizer, corpus, valid, stages, *_, **kw): seen.update(model=model, tokenizer=tokenizer, corpus=corpus, stages=stages); raise KeyboardInterrupt
+    try: train_small.train, keep = spy, train_small.train; train_small.main(str(folder), "unused")
+    except KeyboardInterrupt: train_small.train = keep
+    model, step = seen["model"].train(), 0
+    for stage in seen["stages"]:
+        for n, p in model.named_parameters(): p.requires_grad_("mlp" not in n if stage.frozen else True)
+        awake = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW([dict(params=[p for p in awake if p.dim() > 1], weight_decay=0.1), dict(params=[p for p in awake if p.dim() == 1], weight_decay=0.0)], betas=(0.9, 0.98))
+        for i in range(stage.steps):
+            packed = seen["corpus"].sample(np.arange(step * 4, step * 4 + 4)); inputs = causal(packed, None, model.config, None); labels = inputs.pop("labels")
+            loss = F.cross_entropy(model(**inputs).logits.flatten(0, 1), labels.flatten())
+            optimizer.zero_grad(); loss.backward(); torch.nn.utils.clip_grad_norm_(awake, 1.0)
+            for g in optimizer.param_groups: g["lr"] = stage.lr_at(i)
+            optimizer.step(); step += 1
+    got = weights(trained.path)
+    for n, x in model.state_dict().items():
+        if n in got: assert torch.allclose(got[n], x, atol=1e-6), n
+
+def test_accumulated_parts_are_one_batch(folder):
+    whole = train_small.main(str(folder), str(folder/"whole"))
+    plain = train_small.train
+    try:
+        train_small.train = lambda *a, **kw: plain(*a, **kw, accumulate=4)
+        parts = train_small.main(str(folder), str(folder/"parts"))
+    finally: train_small.train = plain
+    assert whole.path != parts.path and np.allclose(whole.history.loss, parts.history.loss, rtol=1e-5)
+
+def test_two_ranks_are_one(folder):
+    one = train_small.main(str(folder), str(folder/"one"))
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(random.randint(20000, 60000)), SCRIPT, folder, folder/"two"],
+                   check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    [history] = (folder/"two").glob("*/history.json"); rows = json.loads(history.read_text())
+    assert [r["step"] for r in rows] == one.history.step.tolist()
+    assert np.allclose([r["loss"] for r in rows], one.history.loss, rtol=1e-5)
+
+def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(folder, monkeypatch):
+    update = _Loop.update
+    def poisoned(self, model, optimizer, ask, step, lr):
+        loss, norm = update(self, model, optimizer, ask, step, lr)
+        return (loss * float("nan") if step == 33 else loss), norm
+    monkeypatch.setattr(_Loop, "update", poisoned)
+    with pytest.raises(Refusal, match="loss became nan in step 33"): train_small.main(str(folder), str(folder/"nan"))
+    [state] = (folder/"nan").glob("*/state-*")
+    assert state.name == "state-000000030" and json.loads((state/"book.json").read_text())["step"] == 30 and not list((folder/"nan").glob("*/model"))
+
+def test_a_full_disk_leaves_the_earlier_state(folder, monkeypatch):
+    write = _State._write
+    def full(self, tmp, book):
+        write(self, tmp, book)
+        if book["step"] == 15: raise OSError(28, "No space left on device")
+    monkeypatch.setattr(_State, "_write", full)
+    with pytest.raises(Refusal, match="disk .* is full"): train_small.main(str(folder), str(folder/"full"))
+    [place] = [p for p in (folder/"full").iterdir()]
+    assert [p.name for p in place.iterdir() if p.name != ".lock"] == ["state-000000010"]
+
+def test_refusals(folder):
+    with pytest.raises(Refusal, match="did you mean 'cosine'"): Stage(steps=1, schedule="cosin")
+    with pytest.raises(Refusal, match="steps=0"): Stage(steps=0)
+    with pytest.raises(Refusal, match="objective"): Stage(steps=1, objective="clm")
+    plain = train_small.train
+    for stages, says in [([Stage(steps=1, frozen=("attention",))], "attn"), ([Stage(steps=1, frozen=("",))], "nothing is awake")]:
+        train_small.train = lambda m, t, c, v, _, *a, **kw: plain(m, t, c, v, stages, *a, **kw)
+        try:
+            with pytest.raises(Refusal, match=says): train_small.main(str(folder), str(folder/"refused"))
+        finally: train_small.train = plain

@@ -1,0 +1,29 @@
+"""A small training for tests that need a process of their own: python train_small.py FOLDER STORE [dropout] [stall].
+
+With `stall` it waits a moment at every step, so that a signal can strike anywhere.
+"""
+import os, sys, time
+from pathlib import Path
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel
+from seqwarm.core.corpus import Corpus
+from seqwarm.core.train import Stage, _Loop, train
+from seqwarm.core.vocab import train_tokenizer
+
+def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
+    os.environ["SEQWARM_CACHE"] = f"{folder}/cache"
+    torch.set_num_threads(1)
+    text = Path(folder)/"text.txt"
+    if not text.exists(): text.write_text("\n".join(f"{a} and {b} are {a + b} , not {a * b}" for a in range(30) for b in range(30)))
+    tokenizer = train_tokenizer(text.read_text().splitlines(), 300)
+    corpus, valid = (Corpus(f"text:{text}", tokenizer, 16, split) for split in ("train", "valid"))
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
+                                       attn_pdrop=dropout, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    if stall:
+        update = _Loop.update
+        def slow(self, *args): time.sleep(stall); print("step", flush=True); return update(self, *args)
+        _Loop.update = slow
+    return train(model, tokenizer, corpus, valid, [Stage(steps=20, frozen=("ffn",)), Stage(steps=40, lr=2e-3)], store, batch=4, every=7, save_every=5, sequences=4)
+
+if __name__ == "__main__": main(*sys.argv[1:3], *map(float, sys.argv[3:]))
