@@ -228,14 +228,13 @@ def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be m
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #b20f3c5e
-def _machinery() -> tuple[type, type]:
-    "papermill's client and book-keeper with our three differences; imported late, for they take a second."
+# %% ../../nbs/batch/10_run.ipynb #49b2e9ca
+def _client() -> type:
+    "papermill's client with this Python as its kernel, and bars that stay one line; imported late, for it takes a second."
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
     from jupyter_client.manager import AsyncKernelManager
     from papermill.clientwrap import PapermillNotebookClient
-    from papermill.engines import NotebookExecutionManager
 
     class ThisPython(AsyncKernelManager):
         def __init__(self, **kw):
@@ -244,12 +243,6 @@ def _machinery() -> tuple[type, type]:
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict())  # argv begins with sys.executable
-
-    class Book(NotebookExecutionManager):
-        def save(self, **kwargs) -> None:
-            import nbformat
-            write_whole(self.output_path, nbformat.writes(kwargs.get("nb") or self.nb) + "\n")
-            self.last_save_time = self.now()
 
     class Client(PapermillNotebookClient):
         open_line = False  # a bar stands on the terminal, not ended
@@ -263,7 +256,17 @@ def _machinery() -> tuple[type, type]:
             last = outs[-2] if out is not None and out.output_type == "stream" and len(outs) > 1 else {}
             if last and last.get("name") == out.name: last.text = _overwrite(last.text, out.text); outs.pop()
             return out
-    return Client, Book
+    return Client
+
+def _book() -> type:
+    "papermill's book-keeper, which replaces the notebook whole: after each cell, and every half minute within one."
+    import nbformat
+    from papermill.engines import NotebookExecutionManager
+    class Book(NotebookExecutionManager):
+        def save(self, **kwargs) -> None:
+            write_whole(self.output_path, nbformat.writes(kwargs.get("nb") or self.nb) + "\n")
+            self.last_save_time = self.now()
+    return Book
 
 # %% ../../nbs/batch/10_run.ipynb #23642119
 def _overwrite(old: str, new: str) -> str:
@@ -271,7 +274,7 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
-# %% ../../nbs/batch/10_run.ipynb #d13dacfd
+# %% ../../nbs/batch/10_run.ipynb #12245335
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
@@ -281,28 +284,30 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     from nbclient.exceptions import DeadKernelError
     from papermill.parameterize import parameterize_notebook
     for talker in ("papermill", "asyncio"): logging.getLogger(talker).setLevel(logging.CRITICAL)  # what they say of a dead kernel we say in one line
-    client, book = _machinery()
     nb = nbformat.reads(json.dumps(_read(notebook)), as_version=4)
     for cell in nb.cells: cell.metadata.setdefault("tags", [])
     nb.metadata["papermill"] = {"input_path": str(notebook), "output_path": str(folder/"notebook.ipynb")}
     nb = parameterize_notebook(nb, wishes, kernel_name="python3", language="python")
     nb.metadata["seqwarm"] = {"recipe": _recipe_name(notebook), "parameters": wishes, "version": seqwarm.__version__}
     nb.metadata["kernelspec"] = {"display_name": "python3", "language": "python", "name": "python3"}
-    keeper = book(nb, output_path=folder/"notebook.ipynb", progress_bar=False)
+    keeper = _book()(nb, output_path=folder/"notebook.ipynb", progress_bar=False)
     keeper.notebook_start()
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}
     again = f"see {folder/'notebook.ipynb'}; run again to resume"
     wide = min(120, shutil.get_terminal_size().columns or 80)
     environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ}  # some terminals call themselves 0 x 0, and bars vanish
-    runner = client(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
+    runner = _client()(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
     try: runner.execute(env=environ)
     except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
     finally:
         if show and runner.open_line: print(file=sys.stderr)
         keeper.notebook_complete()
+    _judge(nb, again)
+
+def _judge(nb: Any, again: str) -> None:
+    "Raise what a cell raised, in one line."
     for cell in nb.cells:
-        for out in cell.get("outputs", []):
-            if out.output_type != "error": continue
+        for out in (o for o in cell.get("outputs", []) if o.output_type == "error"):
             if out.ename == "Refusal": raise Refusal(out.evalue)
             said = (" ".join(out.evalue.split()) or "no message")[:300]
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
