@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Draws', 'causal', 'mlm', 'objective']
 
-# %% ../../nbs/core/60_objectives.ipynb #41831fcc
+# %% ../../nbs/core/60_objectives.ipynb #8138c377
 from collections.abc import Callable
 import numpy as np
 import torch
+from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from .corpus import Packed
 from .errors import Refusal, unknown
 
@@ -39,10 +40,10 @@ class Draws:
         self.streams += 1
         return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-# %% ../../nbs/core/60_objectives.ipynb #60da0db8
+# %% ../../nbs/core/60_objectives.ipynb #3e622248
 _SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert"}  # positions begin behind the padding index
 
-def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config, causal: bool) -> dict[str, torch.Tensor]:
+def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrainedConfig, causal: bool) -> dict[str, torch.Tensor]:
     "What a model's `forward` takes, and `labels` [B, S] (-100: not asked), aligned with the logits."
     segments = torch.from_numpy(packed.segments)
     mask = segments[:, None, :, None] == segments[:, None, None, :]
@@ -53,16 +54,16 @@ def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config, causal:
     return dict(input_ids=torch.from_numpy(ids), attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first),
                 labels=torch.from_numpy(labels))
 
-# %% ../../nbs/core/60_objectives.ipynb #f4a2e710
-def causal(packed: Packed, draws: Draws, config, tokenizer) -> dict[str, torch.Tensor]:
+# %% ../../nbs/core/60_objectives.ipynb #2df08da8
+def causal(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
     "Each position predicts the next token of its document."
     labels = np.full_like(packed.ids, -100)
     same = packed.segments[:, 1:] == packed.segments[:, :-1]
     labels[:, :-1] = np.where(same, packed.ids[:, 1:], -100)
     return _inputs(packed, packed.ids, labels, config, causal=True)
 
-# %% ../../nbs/core/60_objectives.ipynb #46d977be
-def mlm(packed: Packed, draws: Draws, config, tokenizer, rate: float = 0.15) -> dict[str, torch.Tensor]:
+# %% ../../nbs/core/60_objectives.ipynb #c7bcdf81
+def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, rate: float = 0.15) -> dict[str, torch.Tensor]:
     "Chosen tokens are to be restored: 80 % masked, 10 % random, 10 % kept."
     if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which MLM needs", "add one or train causally")
     special = np.zeros(len(tokenizer), bool); special[tokenizer.all_special_ids] = True

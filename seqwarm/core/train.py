@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Stage', 'evaluate', 'Trained', 'train']
 
-# %% ../../nbs/core/80_train.ipynb #905e2ff5
+# %% ../../nbs/core/80_train.ipynb #718b4a18
 import json, logging, math, shutil, time
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,14 +18,16 @@ import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 from .. import __version__
 from .checkpoint import Card, save
-from .corpus import Corpus, tokenizer_fingerprint
+from .corpus import Corpus
 from .errors import Refusal, unknown
 from .files import Lock, fingerprint, whole_folder, write_whole
 from .layout import Layout, layout
 from .ledger import Cost, flops, units
 from .objectives import Draws, objective
+from .vocab import tokenizer_fingerprint
 
 # %% ../../nbs/core/80_train.ipynb #2871df94
 _SCHEDULES = {"constant": lambda t: 1.0, "linear": lambda t: 1.0 - t, "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t))}
@@ -62,14 +65,16 @@ def _optimizer(model: torch.nn.Module, lay: Layout, stage: Stage) -> torch.optim
               dict(params=[p for p in awake if p.dim() < 2], weight_decay=0.0)]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=stage.lr, betas=(0.9, 0.98), fused=True)
 
-# %% ../../nbs/core/80_train.ipynb #9b0d7888
+# %% ../../nbs/core/80_train.ipynb #00fb2a19
 def _nll(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "Sum over the asked positions of -log p(label), in nats, float32."
     logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), inputs["labels"].flatten(), reduction="sum")
 
 @torch.no_grad()
-def evaluate(model, corpus: Corpus, ask, tokenizer,
+def evaluate(model: torch.nn.Module, corpus: Corpus,
+             ask: Callable,                           # an objective
+             tokenizer: PreTrainedTokenizerFast,
              sequences: int,                          # so many of the corpus's first
              batch: int = 32,
              accelerator: Accelerator | None = None,  # shares the work among its ranks
@@ -113,11 +118,11 @@ class _State:
         self.acc.save_state(str(tmp))
         if self.acc.is_main_process: write_whole(tmp/"book.json", book)
 
-# %% ../../nbs/core/80_train.ipynb #fd1b9fc7
+# %% ../../nbs/core/80_train.ipynb #8ebaae4c
 @dataclass
 class _Loop:
     "One training under way: what it reads, how it cuts its batches, and its book."
-    model: torch.nn.Module; tokenizer: object; corpus: Corpus; valid: Corpus
+    model: torch.nn.Module; tokenizer: PreTrainedTokenizerFast; corpus: Corpus; valid: Corpus
     acc: Accelerator; lay: Layout; state: _State; bar: tqdm; book: dict
     batch: int; accumulate: int; seed: int; every: int; save_every: int; sequences: int; compile: bool
 
@@ -178,7 +183,7 @@ def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
         since, fresh = time.perf_counter(), 0
     acc.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False); acc.free_memory()
 
-# %% ../../nbs/core/80_train.ipynb #6b4c420f
+# %% ../../nbs/core/80_train.ipynb #31eaea0e
 @dataclass(frozen=True)
 class Trained:
     "A finished training: where its checkpoint lies, and how it went."
@@ -191,8 +196,8 @@ class Trained:
 def _weights_fingerprint(model: torch.nn.Module) -> str:
     return fingerprint([[n, fingerprint(p.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())] for n, p in model.state_dict().items()])
 
-def train(model: transformers.PreTrainedModel,    # trained in place
-          tokenizer, corpus: Corpus, valid: Corpus,
+def train(model: transformers.PreTrainedModel,    # to start from; the result lies at the path that comes back
+          tokenizer: PreTrainedTokenizerFast, corpus: Corpus, valid: Corpus,
           stages: list[Stage],
           store: str | Path,                      # folder of finished and unfinished trainings
           name: str = "model",                    # for people: the bar's title, the card
