@@ -1,9 +1,10 @@
 # make demo   warm-starts a language model in a second language and opens with a page that shows what was saved
 # make test   proves the package: notebooks, tests, layers, wheel
+# make readme writes README.md anew from nbs/index.ipynb and results/
 # Each sets up .venv first if it is missing or out of date.   make PYTHON=python3.12 demo   chooses the interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab clean
+.PHONY: help demo test lab readme clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -28,6 +29,9 @@ test: $(if $(call ready,dev),,setup-dev)
 
 lab: $(if $(call ready,lab),,setup-lab)
 	@$(BIN)/jupyter lab nbs
+
+readme: $(if $(call ready,dev),,setup-dev)
+	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --no-input --output-dir . --output README nbs/index.ipynb
 
 setup-%:
 	@[ -n '$(PYTHON)' ] || { echo 'seqwarm: no Python 3.11 to 3.13 found; install one, or name it: make PYTHON=/path/to/python3.12' >&2; exit 2; }
