@@ -20,22 +20,26 @@ from seqwarm.core.world import World
 S, B = 125, 16
 
 def causal(tokenizer) -> GPT2LMHeadModel:
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=S, n_embd=128, n_layer=4, n_head=4, resid_pdrop=0.0, embd_pdrop=0.0,
-                                      attn_pdrop=0.0, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=S, n_embd=128, n_layer=4, n_head=4,
+                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+                                      bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
 
 def masked(tokenizer) -> BertForMaskedLM:
-    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4, intermediate_size=512,
-                                      max_position_embeddings=S, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-                                      pad_token_id=tokenizer.pad_token_id))
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=128, num_hidden_layers=4, num_attention_heads=4,
+                                      intermediate_size=512, max_position_embeddings=S, pad_token_id=tokenizer.pad_token_id,
+                                      hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 def main() -> None:
     a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    for name, value in [("--seeds", 1), ("--steps", 2000), ("--vocab", 1500), ("--masked-vocab", 500)]: a.add_argument(name, type=int, default=value)
+    for name, value in [("--seeds", 1), ("--steps", 2000), ("--vocab", 1500), ("--masked-vocab", 500)]:
+        a.add_argument(name, type=int, default=value)
     a.add_argument("--language", default="a"); a.add_argument("--out", default="results/world.csv"); o = a.parse_args()
     world, made, rows = World(), environment(), []
     for language in world.languages:
-        begun = time.process_time(); n = sum(len(d.split()) for d in world.documents(language, words=1_000_000))
-        rows.append(dict(what="seconds of one core for a million words", language=language, value=(time.process_time() - begun) / n * 1e6, promised=15))
+        begun = time.process_time()
+        n = sum(len(d.split()) for d in world.documents(language, words=1_000_000))
+        seconds = (time.process_time() - begun) / n * 1e6
+        rows.append(dict(what="seconds of one core for a million words", language=language, value=seconds, promised=15))
     text = f"world:{o.language}?words=4000000"
     with tempfile.TemporaryDirectory() as store:
         for kind, vocab, stage in [(causal, o.vocab, Stage(o.steps, 4e-3)), (masked, o.masked_vocab, Stage(200, 1e-3, "mlm"))]:
@@ -43,8 +47,8 @@ def main() -> None:
             corpus, valid = Corpus(text, tokenizer, S), Corpus(text, tokenizer, S, "valid")
             for seed in range(o.seeds):
                 torch.manual_seed(seed)
-                history = train(kind(tokenizer), tokenizer, corpus, valid, [stage], store, f"{kind.__name__} {seed}", batch=B, seed=seed, sequences=min(200, len(valid))).history
-                loss = history.loss.iloc[-1]
+                loss = train(kind(tokenizer), tokenizer, corpus, valid, [stage], store, f"{kind.__name__} {seed}", batch=B, seed=seed,
+                             sequences=min(200, len(valid))).history.loss.iloc[-1]
                 if kind is causal:
                     floor = world.floor(o.language)
                     rows.append(dict(what=f"causal model, {o.steps} steps: bits a word over the floor", language=o.language, seed=seed,
