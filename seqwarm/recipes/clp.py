@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Language', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #bc8cb4c9
+# %% ../../nbs/recipes/10_clp.ipynb #f3e3e68a
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
+from accelerate import PartialState
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from ..core.checkpoint import Card, Checkpoint, write
 from ..core.corpus import Corpus, Source, documents, parse
@@ -84,15 +85,16 @@ def existing(p: SimpleNamespace, store: Path, a: Language, b: Language, seed: in
     helper = _pretrain(p, store, b, small, f"helper {seed}", Stage(p.helper_steps, lr), seed)
     return dict(source=Checkpoint(source.path), helper=Checkpoint(helper.path))
 
-# %% ../../nbs/recipes/10_clp.ipynb #db55a365
+# %% ../../nbs/recipes/10_clp.ipynb #0862b76b
 def warm(store: Path, sources: dict[str, Checkpoint], method: str, seed: int) -> Checkpoint:
     "The new model's first checkpoint by a method, with its plan and card; found again if it was written before."
     parents = [c.card for c in sources.values()]
     out = store/f"warm-{fingerprint(['clp', method, seed, *(c.id for c in parents)])}"
-    if not out.exists():
-        plan = clp(**sources, method=method, seed=seed)
-        card = Card.child(f"{method} {seed}", "clp", parents, plan=plan.summary())
-        write(plan, sources, out, load_tokenizer(sources["helper"].path), card)
+    with PartialState().main_process_first():   # of several ranks one writes
+        if not out.exists():
+            plan = clp(**sources, method=method, seed=seed)
+            card = Card.child(f"{method} {seed}", "clp", parents, plan=plan.summary())
+            write(plan, sources, out, load_tokenizer(sources["helper"].path), card)
     return Checkpoint(out)
 
 # %% ../../nbs/recipes/10_clp.ipynb #629a5063
