@@ -99,14 +99,15 @@ def _rows(dataset, source: Source) -> Iterator[str]:
             raise Refusal(f"column {column!r} of {source} holds {type(text).__name__}, not text", "name a text column")
         if text := text.strip(): yield text
 
-# %% ../../nbs/core/50_corpus.ipynb #4c9f11eb
+# %% ../../nbs/core/50_corpus.ipynb #32e716db
 def _files(source: Source) -> Iterator[str]:
     "The documents of files, by `datasets`: a line of .txt, a row of .jsonl or .parquet."
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     paths = _paths(source)
     suffix = Path(paths[0].removesuffix(".gz")).suffix
-    if suffix not in _KINDS: raise Refusal(f"{paths[0]} ends in {suffix or 'nothing'}", f"give files that end in {', '.join(_KINDS)}, or these with .gz")
+    if suffix not in _KINDS:
+        raise Refusal(f"{paths[0]} ends in {suffix or 'nothing'}", f"give files that end in {', '.join(_KINDS)}, or these with .gz")
     any_text = False   # 'train' below is only what `datasets` calls all of these files
     try:
         for text in _rows(load_dataset(_KINDS[suffix], data_files=paths, split="train", streaming=True), source):
@@ -223,7 +224,7 @@ def _epoch(sizes: np.ndarray,    # [sources]: sequences there are
         rows.append(np.stack([np.full(count, j), which], 1))
     return np.concatenate(rows)[_permutation(int(counts.sum()), seed, len(sizes), epoch)]
 
-# %% ../../nbs/core/50_corpus.ipynb #0a9b0c68
+# %% ../../nbs/core/50_corpus.ipynb #c9e9fe38
 class Corpus:
     "A tokenised mixture in a seeded, endless order of packed sequences."
     def __init__(self,
@@ -239,7 +240,8 @@ class Corpus:
         self.sizes = np.array([len(p.ids) // length for p in self.parts])
         for s, n in zip(sources, self.sizes):
             if n == 0:
-                raise Refusal(f"the {split} part of {s} is shorter than one sequence of {length} tokens", "give more text or shorter sequences")
+                raise Refusal(f"the {split} part of {s} is shorter than one sequence of {length} tokens",
+                              "give more text or shorter sequences")
         weights = [s.weight for s in sources]
         if any(weights) and not all(weights): raise Refusal(f"only some parts of {spec!r} have a weight", "give a weight to all or to none")
         shares = np.array(weights if all(weights) else self.sizes ** float(alpha), float)

@@ -73,7 +73,7 @@ def saved_bars(table: pd.DataFrame,    # columns arm, seed, and one a measure, i
     return fig.update_layout(template="seqwarm", title=title, yaxis_title="saved to reach scratch's last loss (%)",
                              barmode="group", scattermode="group")
 
-# %% ../../nbs/core/95_figures.ipynb #a38bf4a6
+# %% ../../nbs/core/95_figures.ipynb #bff974dc
 def norm_histogram(norms: dict[str, np.ndarray],   # arm -> norm of each row
                    title: str = "") -> go.Figure:
     "Distribution of row norms, a line an arm, on a logarithmic axis."
@@ -91,7 +91,8 @@ def share_bars(shares: dict[str, dict[str, float]],   # bar -> part -> amount
     fig, parts = go.Figure(), list(dict.fromkeys(p for s in shares.values() for p in s))
     for i, part in enumerate(parts):
         amounts = [s.get(part, 0) for s in shares.values()]
-        fig.add_bar(y=list(shares), x=amounts, name=part, orientation="h", marker_color=COLOURS[i % len(COLOURS)], text=[f"{a:,.4g}" for a in amounts])
+        fig.add_bar(y=list(shares), x=amounts, name=part, orientation="h", marker_color=COLOURS[i % len(COLOURS)],
+                    text=[f"{a:,.4g}" for a in amounts])
     return fig.update_layout(template="seqwarm", title=title, barmode="stack", xaxis_title=unit, height=160 + 60 * len(shares))
 
 # %% ../../nbs/core/95_figures.ipynb #f6dbb237

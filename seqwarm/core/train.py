@@ -233,7 +233,7 @@ def _accelerator(track: str | None) -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no",
                        log_with=track, project_dir="." if track else None)   # where it writes is told when the address is known
 
-# %% ../../nbs/core/80_train.ipynb #4efd6be6
+# %% ../../nbs/core/80_train.ipynb #6c4261a8
 def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[dict], Card]) -> None:
     "What is still to do of a training, up to its finished checkpoint."
     begin = 0
@@ -278,7 +278,9 @@ def train(model: transformers.PreTrainedModel,    # to start from, changed on th
             if lock: state.sweep(".*.part")   # what a kill left behind
             book = dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
             if newest := state.newest(): book = json.loads((newest/"book.json").read_text())
-            if track: acc.project_configuration.logging_dir = str(folder/"log"); acc.init_trackers(name, config={"seed": seed, "batch": batch})
+            if track:
+                acc.project_configuration.logging_dir = str(folder/"log")
+                acc.init_trackers(name, config={"seed": seed, "batch": batch})
             with tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process, mininterval=0.5) as bar:
                 loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book,
                              batch, accumulate, seed, every, save_every, sequences, compile)
