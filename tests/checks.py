@@ -1,4 +1,4 @@
-"""The checks of `make test`, each in a scratch copy so that a working tree is never touched: clean, wheel, notebooks, pytest."""
+"""The checks of `make test`, each in a scratch copy so that a working tree is never touched: style, clean, wheel, notebooks, pytest."""
 import filecmp, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
 
@@ -27,6 +27,10 @@ def copy_project(to: Path) -> Path:
         (to/f).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT/f, to/f)
     return to
+
+def style(tmp: Path) -> None:
+    "ruff finds nothing, in notebooks, tests and benchmarks."
+    sh(sys.executable, "-m", "ruff", "check", "--no-cache", ".", cwd=ROOT)
 
 def clean(tmp: Path) -> None:
     "nbdev_clean and nbdev_export change nothing."
@@ -85,7 +89,7 @@ def wheel(tmp: Path) -> None:
 def pytest(tmp: Path) -> None:
     sh(sys.executable, "-m", "pytest", cwd=ROOT)
 
-CHECKS = {f.__name__: f for f in (clean, wheel, notebooks, pytest)}
+CHECKS = {f.__name__: f for f in (style, clean, wheel, notebooks, pytest)}
 
 if __name__ == "__main__":
     asked = sys.argv[1:] or list(CHECKS)

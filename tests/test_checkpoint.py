@@ -1,6 +1,6 @@
 "Checkpoints: the same bits by every path, refusals for what is broken, nothing half-written."
 import json
-import pytest, torch, transformers
+import pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from seqwarm.core.checkpoint import Card, Checkpoint, build, save, write

@@ -2,14 +2,15 @@
 import json, os, random, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
 from seqwarm.core import train as module
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
-from seqwarm.core.objectives import Draws, causal
-from seqwarm.core.train import Stage, _Loop, _State, train
+from seqwarm.core.objectives import causal
+from seqwarm.core.train import Stage, _Loop, _State
 import train_small
 
 SCRIPT = Path(train_small.__file__)
@@ -106,9 +107,73 @@ def test_refusals(folder):
     with pytest.raises(Refusal, match="did you mean 'cosine'"): Stage(steps=1, schedule="cosin")
     with pytest.raises(Refusal, match="steps=0"): Stage(steps=0)
     with pytest.raises(Refusal, match="objective"): Stage(steps=1, objective="clm")
-    plain = train_small.train
-    for stages, says in [([Stage(steps=1, frozen=("attention",))], "attn"), ([Stage(steps=1, frozen=("",))], "nothing is awake")]:
-        train_small.train = lambda m, t, c, v, _, *a, **kw: plain(m, t, c, v, stages, *a, **kw)
+    with pytest.raises(Refusal, match="share of its steps"): Stage(steps=100, warmup=10)
+    one, plain = [Stage(steps=1)], train_small.train
+    for changed, says in [(dict(stages=[Stage(steps=1, frozen=("attention",))]), "attn"), (dict(stages=[Stage(steps=1, frozen=("",))]), "nothing is awake"),
+                          (dict(stages=[]), "without stages"), (dict(stages=one, batch=6, accumulate=4), "can't be cut"), (dict(stages=one, accumulate=0), "accumulate=0"),
+                          (dict(stages=one, track="tensorbord"), "did you mean 'tensorboard'")]:
+        train_small.train = lambda m, t, c, v, _, store, changed=changed, **kw: plain(m, t, c, v, store=store, **kw | changed)
         try:
             with pytest.raises(Refusal, match=says): train_small.main(str(folder), str(folder/"refused"))
         finally: train_small.train = plain
+
+@pytest.fixture
+def small(folder, monkeypatch):
+    "A training of five steps, to be called with what shall be different."
+    kept = {}
+    monkeypatch.setattr(train_small, "train", lambda m, t, c, v, *_, **__: kept.update(model=m, tokenizer=t, corpus=c, valid=v))
+    def call(store, **changed):
+        train_small.main(str(folder), "unused")
+        return module.train(**dict(stages=[Stage(steps=5)], store=folder/store, batch=4, sequences=4) | kept | changed)
+    call.kept = kept
+    return call
+
+def test_a_model_that_does_not_fit_is_refused_before_anything_runs(small):
+    from transformers import GPT2LMHeadModel
+    for smaller, says in [(dict(n_positions=8), "16 tokens in a model with 8 positions"), (dict(vocab_size=100), "300 tokens, the model rows for 100")]:
+        small("misfit", stages=[Stage(steps=1)]); config = type(small.kept["model"].config)(**small.kept["model"].config.to_dict() | smaller)
+        with pytest.raises(Refusal, match=says): small("misfit", model=GPT2LMHeadModel(config))
+
+def test_an_infinite_gradient_stops_before_its_weights_are_kept(folder, small, monkeypatch):
+    "The loss of that step is still finite, and the state of that step would be written."
+    backward = module.Accelerator.backward
+    def burst(self, loss):
+        backward(self, loss)
+        if (calls := calls_of["n"]) == 3: small.kept["model"].transformer.wte.weight.grad.fill_(float("inf"))
+        calls_of["n"] = calls + 1
+    calls_of = {"n": 0}
+    monkeypatch.setattr(module.Accelerator, "backward", burst)
+    with pytest.raises(Refusal, match="gradient became inf in step 3"): small("burst", save_every=1)
+    [state] = (folder/"burst").glob("*/state-*")
+    assert state.name == "state-000000003"
+
+def test_interrupted_in_a_notebook_it_goes_on_at_once_and_sweeps_up(folder, small, monkeypatch):
+    "The kernel keeps the traceback, and with it whatever the frames hold; a kill leaves passing folders."
+    update, kept = _Loop.update, None
+    def struck(self, model, optimizer, ask, step, lr):
+        if step == 3: raise KeyboardInterrupt
+        return update(self, model, optimizer, ask, step, lr)
+    monkeypatch.setattr(_Loop, "update", struck)
+    try: small("cell", save_every=1)
+    except KeyboardInterrupt as e: kept = e
+    monkeypatch.setattr(_Loop, "update", update)
+    [place] = (folder/"cell").iterdir(); (place/".state-000000004.x.part").mkdir()
+    trained, undisturbed = small("cell", save_every=1), small("quiet")
+    assert kept.__traceback__ and equal(weights(trained.path), weights(undisturbed.path)) and trained.path.parent == place
+    assert sorted(p.name for p in place.iterdir()) == [".lock", "history.json", "model"]
+
+def test_a_tracker_sees_every_measurement(folder, small, monkeypatch):
+    "Also when the training has the name of a folder of the store; and the ranks stay joined for the next training."
+    monkeypatch.setattr(module.Accelerator, "end_training", lambda _: pytest.fail("parts the ranks"))
+    pytest.importorskip("tensorboard", reason="tensorboard is not installed")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    trained = small("tracked", track="tensorboard", name="model")
+    [events] = [e for e in trained.path.parent.glob("log/**/events*") if EventAccumulator(str(e)).Reload().Tags()["scalars"]]
+    for tag, column in [("valid", "loss"), ("train", "train"), ("lr", "lr")]:
+        seen = pd.DataFrame([(x.step, x.value) for x in EventAccumulator(str(events)).Reload().Scalars(tag)], columns=["step", "value"])
+        asked = trained.history.dropna(subset=[column])
+        assert seen.step.tolist() == asked.step.tolist() and np.allclose(seen.value, asked[column])
+
+def test_a_tracker_that_is_not_installed_is_refused(small, monkeypatch):
+    monkeypatch.setattr(module, "get_available_trackers", lambda: [])
+    with pytest.raises(Refusal, match="wandb is not installed"): small("untracked", track="wandb")

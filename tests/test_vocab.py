@@ -1,7 +1,7 @@
 "Tokenizers: the same bytes in every process, overlap against a plain loop, refusals in one line."
-import hashlib, json, os, subprocess, sys
+import os, subprocess, sys
 import pytest
-from transformers import AutoTokenizer, BertTokenizerFast, GPT2Config, LlamaConfig
+from transformers import BertTokenizerFast, GPT2Config, LlamaConfig
 from seqwarm.core.errors import Refusal
 from seqwarm.core.vocab import load_tokenizer, overlap, spell, train_tokenizer
 

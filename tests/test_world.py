@@ -196,7 +196,7 @@ def test_parallel_sentences_say_the_same(world):
 
 def test_agreement_in_a(world):
     "Article, adjective and noun of a phrase end alike, verbs follow the number of their subject."
-    lex, checked = world.lexicons["a"], 0
+    checked = 0
     for e in world.labelled("a", "pos", n=300):
         for (w1, t1), (w2, t2) in zip(zip(e["tokens"], e["labels"]), list(zip(e["tokens"], e["labels"]))[1:]):
             if t1 in ("DET", "ADJ") and t2 in ("ADJ", "NOUN"):

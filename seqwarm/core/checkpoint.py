@@ -171,7 +171,7 @@ class Card:
         except TypeError as e:
             raise Refusal(f"{Path(folder)/'seqwarm.json'} is no card ({e})", "take it away, or write the checkpoint again") from e
 
-# %% ../../nbs/core/20_checkpoint.ipynb #86c4132b
+# %% ../../nbs/core/20_checkpoint.ipynb #99993b59
 def _stream(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: int) -> tuple[list[Path], set[torch.dtype]]:
     "Write tensors to shards of at most `limit` bytes (a larger tensor stands alone); returns the files and the dtypes."
     parts, shard, size, where, total, dtypes = [], {}, 0, {}, 0, set()
@@ -180,7 +180,9 @@ def _stream(tensors: Iterator[tuple[str, torch.Tensor]], folder: Path, limit: in
         if not shard: return
         part = folder/f"part-{len(parts)}"
         try: save_file(shard, part, metadata={"format": "pt"})
-        except SafetensorError as e: raise (OSError(28, "no space") if "os error 28" in str(e) else e)
+        except SafetensorError as e:
+            if "os error 28" in str(e): raise OSError(28, "no space") from e
+            raise
         where.update(dict.fromkeys(shard, len(parts))); parts.append(part); shard, size = {}, 0
     for name, x in tensors:
         n = x.numel()*x.element_size()

@@ -13,7 +13,7 @@ from typing import Any
 import xxhash
 from .errors import Refusal
 
-# %% ../../nbs/core/02_files.ipynb #55b29cc3
+# %% ../../nbs/core/02_files.ipynb #e603914d
 def _sync(path: Path) -> None:
     "Bring a file or a folder's list of names to disk."
     fd = os.open(path, os.O_RDONLY)
@@ -47,6 +47,7 @@ def _umask() -> int:
     mask = os.umask(0); os.umask(mask)
     return mask
 
+# %% ../../nbs/core/02_files.ipynb #c2b82c13
 def write_whole(path: str | Path,              # the file
                 content: str | bytes | Any):   # text, bytes, or anything that JSON can hold
     "Write a file in one step: afterwards it holds the old content or the new."
@@ -63,11 +64,12 @@ def write_whole(path: str | Path,              # the file
         raise
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../../nbs/core/02_files.ipynb #559a014c
+# %% ../../nbs/core/02_files.ipynb #12a5832e
 def fingerprint(thing: Any,                 # JSON-able, or bytes
                 ) -> str:                   # 32 hexadecimal digits
     "The xxh3-128 of bytes, or of the canonical JSON of anything else."
-    data = thing if isinstance(thing, (bytes, bytearray, memoryview)) else json.dumps(thing, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
+    raw = isinstance(thing, (bytes, bytearray, memoryview))
+    data = thing if raw else json.dumps(thing, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode()
     return xxhash.xxh3_128_hexdigest(data)
 
 def file_fingerprint(path: str | Path) -> str:

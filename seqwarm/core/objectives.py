@@ -62,8 +62,10 @@ def causal(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pr
     labels[:, :-1] = np.where(same, packed.ids[:, 1:], -100)
     return _inputs(packed, packed.ids, labels, config, causal=True)
 
-# %% ../../nbs/core/60_objectives.ipynb #c7bcdf81
-def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast, rate: float = 0.15) -> dict[str, torch.Tensor]:
+# %% ../../nbs/core/60_objectives.ipynb #e47355cd
+def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast,
+        rate: float = 0.15,     # share of the ordinary tokens that is asked
+        ) -> dict[str, torch.Tensor]:
     "Chosen tokens are to be restored: 80 % masked, 10 % random, 10 % kept."
     if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which MLM needs", "add one or train causally")
     special = np.zeros(len(tokenizer), bool); special[tokenizer.all_special_ids] = True

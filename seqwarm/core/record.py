@@ -62,7 +62,7 @@ class Run:
         link.parent.mkdir(exist_ok=True); link.unlink(missing_ok=True)
         link.symlink_to(os.path.relpath(checkpoint, link.parent), target_is_directory=True)
 
-# %% ../../nbs/core/97_record.ipynb #17e00cf6
+# %% ../../nbs/core/97_record.ipynb #4b336b6d
 def _plain(thing: Any) -> Any:
     "The same in what JSON has: numpy's numbers as Python's, what is not finite as None."
     if isinstance(thing, dict): return {str(k): _plain(v) for k, v in thing.items()}
@@ -72,6 +72,7 @@ def _plain(thing: Any) -> Any:
     if isinstance(thing, (float, np.floating)): return float(thing) if np.isfinite(thing) else None
     return thing if isinstance(thing, str) or thing is None else str(thing)
 
+# %% ../../nbs/core/97_record.ipynb #99a680d1
 def close(run: Run,
           lines: list[str],           # the result, in about ten lines for a terminal
           metrics: pd.DataFrame,      # tidy, a row a measurement and arm
@@ -86,6 +87,7 @@ def close(run: Run,
     write_whole(run.folder/"page.html", page(f"{run.recipe}: {run.folder.name}", [
         lines, table, *run.figures.values(), "Parameters and environment", [f"{k} = {v!r}" for k, v in (run.parameters | made).items()]]))
     write_whole(run.folder/"record.json", _plain(dict(recipe=run.recipe, name=run.folder.name, parameters=run.parameters, environment=made,
-                seconds=time.time() - run.begun, lines=lines, page=str(run.folder/"page.html"), claims=claims, table=table.to_dict("records"), **more)))
+                seconds=time.time() - run.begun, lines=lines, page=str(run.folder/"page.html"), claims=claims,
+                table=table.to_dict("records"), **more)))
     run.lock.release()
     return run.folder/"page.html"
