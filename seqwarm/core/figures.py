@@ -14,13 +14,13 @@ import plotly.io as pio
 from plotly.offline import get_plotlyjs
 from .ledger import crossing
 
-# %% ../../nbs/core/95_figures.ipynb #1b7cba0b
+# %% ../../nbs/core/95_figures.ipynb #449ab64e
 COLOURS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#7F7F7F"]
 pio.templates["seqwarm"] = go.layout.Template(layout=dict(
     colorway=COLOURS, font=dict(family="system-ui, sans-serif", size=14), plot_bgcolor="white", paper_bgcolor="white", hovermode="closest",
     margin=dict(l=70, r=30, t=60, b=60), legend=dict(bgcolor="rgba(255,255,255,0.7)"), title=dict(x=0, xref="paper", font=dict(size=17)),
     xaxis=dict(showline=True, linecolor="#444", gridcolor="#eee", ticks="outside", zeroline=False),
-    yaxis=dict(showline=True, linecolor="#444", gridcolor="#eee", ticks="outside", zeroline=False)))
+    yaxis=dict(automargin=True, showline=True, linecolor="#444", gridcolor="#eee", ticks="outside", zeroline=False)))
 
 def _colours(arms: list[str], reference: str) -> dict[str, str]:
     "A colour for each arm, black for the reference."
