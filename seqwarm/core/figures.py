@@ -95,9 +95,10 @@ def share_bars(shares: dict[str, dict[str, float]],   # bar -> part -> amount
                     text=[f"{a:,.4g}" for a in amounts])
     return fig.update_layout(template="seqwarm", title=title, barmode="stack", xaxis_title=unit, height=160 + 60 * len(shares))
 
-# %% ../../nbs/core/95_figures.ipynb #f6dbb237
+# %% ../../nbs/core/95_figures.ipynb #ead03e3e
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1{line-height:1.2}
-pre{background:#f5f5f2;padding:1rem;overflow-x:auto;border-radius:6px}table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
+pre{background:#f5f5f2;padding:1rem;overflow-x:auto;border-radius:6px}
+table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
 figure{margin:2rem 0}figcaption{color:#555;font-size:.95rem}summary{cursor:pointer;font-weight:600}"""
 

@@ -72,7 +72,7 @@ def _plain(thing: Any) -> Any:
     if isinstance(thing, (float, np.floating)): return float(thing) if np.isfinite(thing) else None
     return thing if isinstance(thing, str) or thing is None else str(thing)
 
-# %% ../../nbs/core/97_record.ipynb #b5daae4e
+# %% ../../nbs/core/97_record.ipynb #bfd75b35
 def close(run: Run,
           lines: list[str],           # the result, in about ten lines for a terminal
           metrics: pd.DataFrame,      # tidy, a row a measurement and arm
@@ -85,7 +85,8 @@ def close(run: Run,
     metrics.to_parquet(run.folder/"metrics.parquet", index=False)
     made = environment()
     write_whole(run.folder/"page.html", page(f"{run.recipe}: {run.folder.name}", [
-        lines, table, *reversed(run.figures.values()), "Parameters and environment", [f"{k} = {v!r}" for k, v in (run.parameters | made).items()]]))
+        lines, table, *reversed(run.figures.values()),
+        "Parameters and environment", [f"{k} = {v!r}" for k, v in (run.parameters | made).items()]]))
     write_whole(run.folder/"record.json", _plain(dict(recipe=run.recipe, name=run.folder.name, parameters=run.parameters, environment=made,
                 seconds=time.time() - run.begun, lines=lines, page=str(run.folder/"page.html"), claims=claims,
                 table=table.to_dict("records"), **more)))
