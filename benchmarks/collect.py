@@ -13,10 +13,12 @@ def main(folders: list[str]) -> None:
     for folder in map(Path, folders):
         record = json.loads((folder/"record.json").read_text())
         name = f"{record['recipe']}-{record['name']}"
-        (RESULTS/f"{name}.json").write_text(json.dumps({k: v for k, v in record.items() if k not in ("page", "name")}, indent=1, ensure_ascii=False) + "\n")
+        kept = {k: v for k, v in record.items() if k not in ("page", "name")}
+        (RESULTS/f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         if (figure := folder/"figures"/"tokens.svg").exists(): shutil.copy(figure, RESULTS/f"{name}.svg")
     for recipe in {p.stem.split("-")[0] for p in RESULTS.glob("*-*.json")}:
         tables = {p.stem.removeprefix(f"{recipe}-"): json.loads(p.read_text())["table"] for p in sorted(RESULTS.glob(f"{recipe}-*.json"))}
-        pd.concat([pd.DataFrame(t).assign(run=name) for name, t in tables.items()]).set_index("run").round(5).to_csv(RESULTS/f"{recipe}.csv")
+        table = pd.concat([pd.DataFrame(t).assign(run=name) for name, t in tables.items()])
+        table.set_index("run").round(5).to_csv(RESULTS/f"{recipe}.csv")
 
 if __name__ == "__main__": main(sys.argv[1:])
