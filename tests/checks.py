@@ -83,6 +83,9 @@ def wheel(tmp: Path) -> None:
     want = sorted(Path(f).name for f in project_files() if f.startswith("nbs/recipes/") and f.endswith(".ipynb"))
     got = sorted(f.name for f in (away/"out").glob("*.ipynb"))
     if want != got: raise SystemExit(f"seqwarm notebooks wrote {got}, the recipes are {want}")
+    tiny = {"source_steps": 2, "helper_steps": 2, "horizons": 2, "words": 8000}   # the recipe itself, from the wheel alone
+    sh(seqwarm, "run", "clp", *(x for k, v in tiny.items() for x in ("-p", k, str(v))), cwd=away, env={"SEQWARM_CACHE": str(tmp/"cache")})
+    if not (away/"runs"/"clp"/"record.json").exists(): raise SystemExit("the recipe left no record")
     if (ROOT/"claims.toml").exists() and not (site/"seqwarm/claims.toml").exists(): raise SystemExit("claims.toml is not in the wheel")
     print(f"{whl.name}: {whl.stat().st_size / 1000:.0f} kB, {len(want)} recipe notebooks")
 

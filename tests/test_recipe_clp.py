@@ -34,12 +34,20 @@ def test_claims_take_the_best_arm_that_caught_up_on_every_seed(table):
     assert means(table).set_index("arm").saved.isna()["late"]   # it was fast on one seed, and never arrived on the other
     assert claims_of(table[table.arm.isin(["scratch", "late"])]) == {"clp-steps": None, "clp-embeddings": None}
 
+WISH = dict(seeds=[0], heads=4, source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
+
 def test_a_wish_takes_the_place_of_the_scale_s_size():
-    p = sized("demo", seeds=[0], source_text="world:a", target_text="world:b?words=7 + text:x.txt", source_valid=None, target_valid=None, words=50, arms=None, width=64)
+    p = sized("demo", **WISH | dict(target_text="world:b?words=7 + text:x.txt", words=50, arms=None, width=64))
     assert (p.width, p.layers, p.arms) == (64, 3, ["random", "overlap", "guarded"])
     assert (p.source_text, p.target_text, p.source_valid) == ("world:a?words=50", "world:b?words=7 + text:x.txt", None)
 
-def test_wishes_that_cannot_be():
-    wish = dict(source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
-    with pytest.raises(Refusal, match="did you mean 'smoke'"): sized("smok", **wish)
-    with pytest.raises(Refusal, match="did you mean 'guarded'"): sized("smoke", arms=["gaurded"], **wish)
+@pytest.mark.parametrize("wish, says", [
+    (dict(arms=["gaurded"]), "did you mean 'guarded'"), (dict(arms=[]), "arms is an empty list"), (dict(seeds=[1, 1]), "seeds names something twice"),
+    (dict(horizons=[0]), "horizons cannot be 0"), (dict(rates=[0.0]), "rates cannot hold 0"), (dict(width=30), "width cannot be 30"), (dict(vocab=3), "vocab cannot be 3"),
+    (dict(length=1), "length cannot be 1"), (dict(batch=-4), "batch cannot be -4"), (dict(layers=0), "layers cannot be 0"), (dict(seeds=[-1]), "seeds cannot be -1"),
+    (dict(target_text="world:a"), "source and target are both"), (dict(target_text="wrld:b"), "did you mean 'world:'")])
+def test_wishes_that_cannot_be(wish, says):
+    with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)
+
+def test_a_scale_that_is_not():
+    with pytest.raises(Refusal, match="did you mean 'smoke'"): sized("smok", **WISH)
