@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Stage', 'evaluate', 'Trained', 'train']
 
-# %% ../../nbs/core/80_train.ipynb #718b4a18
+# %% ../../nbs/core/80_train.ipynb #b319c441
 import json, logging, math, shutil, time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -17,19 +17,20 @@ import torch
 import torch.nn.functional as F
 import transformers
 from accelerate import Accelerator
+from accelerate.utils import LoggerType
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
 from .checkpoint import Card, save
 from .corpus import Corpus
-from .errors import Refusal, unknown
+from .errors import Refusal, number, unknown
 from .files import Lock, fingerprint, whole_folder, write_whole
 from .layout import Layout, layout
 from .ledger import Cost, flops, units
 from .objectives import Draws, objective
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/80_train.ipynb #2871df94
+# %% ../../nbs/core/80_train.ipynb #f7a49094
 _SCHEDULES = {"constant": lambda t: 1.0, "linear": lambda t: 1.0 - t, "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t))}
 
 @dataclass(frozen=True)
@@ -46,8 +47,9 @@ class Stage:
     def __post_init__(self):
         if self.schedule not in _SCHEDULES: raise unknown("schedule", self.schedule, _SCHEDULES)
         objective(self.objective)
-        for name, least in [("steps", 1), ("lr", 0), ("warmup", 0)]:
-            if getattr(self, name) < least: raise Refusal(f"{name}={getattr(self, name)} of a stage is too small", f"give at least {least}")
+        for name, least, kind in [("steps", 1, int), ("lr", 0, float), ("warmup", 0, float), ("weight_decay", 0, float)]:
+            number(f"{name} of a stage", getattr(self, name), least, kind)
+        if self.warmup > 1: raise Refusal(f"warmup of a stage cannot be {self.warmup!r}", "it is a share of the steps: at most 1")
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, 0 <= step < steps."
@@ -183,7 +185,32 @@ def _run_stage(loop: _Loop, stage: Stage, begin: int) -> None:
         since, fresh = time.perf_counter(), 0
     acc.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False); acc.free_memory()
 
-# %% ../../nbs/core/80_train.ipynb #31eaea0e
+# %% ../../nbs/core/80_train.ipynb #1504e7d2
+def _fitting(model, tokenizer: PreTrainedTokenizerFast, corpus: Corpus, valid: Corpus, stages: list[Stage], **sizes: int) -> None:
+    "Refuse, before anything is written, what cannot be trained together."
+    for name, size in sizes.items(): number(name, size, 1)
+    if not stages: raise Refusal("there is nothing to train", "give at least one Stage")
+    lay = layout(model.config, type(model).__name__)
+    for stage in stages: lay.select(stage.frozen)
+    rows = lambda role: min((t.shape[0] for t in lay.find(role)), default=10**12)
+    if len(tokenizer) > rows("embed.token"):
+        raise Refusal(f"the tokenizer has {len(tokenizer)} tokens and the model rows for {rows('embed.token')}", "do they belong together?")
+    if (length := max(corpus.length, valid.length)) > rows("embed.position"):
+        raise Refusal(f"sequences of {length} tokens are longer than the model's {rows('embed.position')} positions", "give shorter ones")
+
+@contextmanager
+def _free(lock: Lock | None, folder: Path):
+    "If the block fails, the folder is free at once (a notebook keeps alive what failed), and goes if nothing lies in it."
+    try: yield
+    except BaseException:
+        if lock:
+            if [f.name for f in folder.iterdir()] == [".lock"]:
+                shutil.rmtree(folder)
+                if not any(folder.parent.iterdir()): folder.parent.rmdir()
+            lock.release()
+        raise
+
+# %% ../../nbs/core/80_train.ipynb #0aed3e3f
 @dataclass(frozen=True)
 class Trained:
     "A finished training: where its checkpoint lies, and how it went."
@@ -213,7 +240,11 @@ def train(model: transformers.PreTrainedModel,    # to start from; the result li
           track: str | None = None,               # 'tensorboard' or another of accelerate's trackers
           ) -> Trained:
     "Train a model through its stages, or find it trained."
+    if track and track not in (known := [str(t) for t in LoggerType]): raise unknown("tracker", track, known)
     acc = Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no", log_with=track, project_dir=str(store))
+    _fitting(model, tokenizer, corpus, valid, stages, batch=batch, accumulate=accumulate, save_every=save_every, sequences=sequences,
+             every=1 if every is None else every)
+    if number("seed", seed) >= 1 << 23: raise Refusal(f"seed cannot be {seed}", f"give one below {1 << 23}")
     if batch % (acc.num_processes * accumulate):
         raise Refusal(f"a batch of {batch} can't be cut into {acc.num_processes} ranks x {accumulate} parts", "choose a multiple")
     steps = sum(s.steps for s in stages); every = every or max(1, round(steps / 50))
@@ -226,13 +257,15 @@ def train(model: transformers.PreTrainedModel,    # to start from; the result li
         lay, state = layout(model.config, type(model).__name__), _State(folder, acc)
         book = json.loads((state.newest()/"book.json").read_text()) if state.newest() else dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
         if track: acc.init_trackers(name, config={"seed": seed, "batch": batch})
-        with tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process, mininterval=0.5) as bar:
+        with _free(lock, folder), tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process,
+                                       mininterval=0.5) as bar:
             loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book, batch, accumulate, seed, every, save_every, sequences, compile)
             for begin, stage in zip(np.cumsum([0] + [s.steps for s in stages]).tolist(), stages):
                 if begin + stage.steps >= book["step"]: _run_stage(loop, stage, begin)
         if acc.is_main_process:
-            write_whole(folder/"history.json", book["rows"])
-            save(model, tokenizer, done, Card.child(name, recipe, list(parents), book["cost"]))
+            with _free(lock, folder):
+                write_whole(folder/"history.json", book["rows"])
+                save(model, tokenizer, done, Card.child(name, recipe, list(parents), book["cost"]))
             for old in folder.glob("state-*"): shutil.rmtree(old)
             lock.release()
         acc.wait_for_everyone()
