@@ -104,7 +104,7 @@ def test_a_full_disk_leaves_the_earlier_state(folder, monkeypatch):
 
 def test_refusals(folder):
     with pytest.raises(Refusal, match="did you mean 'cosine'"): Stage(steps=1, schedule="cosin")
-    with pytest.raises(Refusal, match="steps=0"): Stage(steps=0)
+    with pytest.raises(Refusal, match="steps of a stage cannot be 0"): Stage(steps=0)
     with pytest.raises(Refusal, match="objective"): Stage(steps=1, objective="clm")
     plain = train_small.train
     for stages, says in [([Stage(steps=1, frozen=("attention",))], "attn"), ([Stage(steps=1, frozen=("",))], "nothing is awake")]:
