@@ -229,7 +229,7 @@ def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be m
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #49b2e9ca
+# %% ../../nbs/batch/10_run.ipynb #41fcad79
 def _client() -> type:
     "papermill's client with this Python as its kernel, and bars that stay one line; imported late, for it takes a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -243,7 +243,7 @@ def _client() -> type:
             if self.has_trait("transport_encryption"): self.transport_encryption = "auto"  # others on the machine cannot listen
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict())  # argv begins with sys.executable
+            return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=50"]))  # this Python; what it says of its own end is no news
 
     class Client(PapermillNotebookClient):
         open_line = False  # a bar stands on the terminal, not ended
