@@ -105,12 +105,12 @@ def test_a_full_disk_leaves_the_earlier_state(folder, monkeypatch):
 
 def test_refusals(folder):
     with pytest.raises(Refusal, match="did you mean 'cosine'"): Stage(steps=1, schedule="cosin")
-    with pytest.raises(Refusal, match="steps=0"): Stage(steps=0)
+    with pytest.raises(Refusal, match="steps of a stage cannot be 0"): Stage(steps=0)
     with pytest.raises(Refusal, match="objective"): Stage(steps=1, objective="clm")
     with pytest.raises(Refusal, match="share of its steps"): Stage(steps=100, warmup=10)
     one, plain = [Stage(steps=1)], train_small.train
     for changed, says in [(dict(stages=[Stage(steps=1, frozen=("attention",))]), "attn"), (dict(stages=[Stage(steps=1, frozen=("",))]), "nothing is awake"),
-                          (dict(stages=[]), "without stages"), (dict(stages=one, batch=6, accumulate=4), "can't be cut"), (dict(stages=one, accumulate=0), "accumulate=0"),
+                          (dict(stages=[]), "without stages"), (dict(stages=one, batch=6, accumulate=4), "can't be cut"), (dict(stages=one, accumulate=0), "accumulate cannot be 0"),
                           (dict(stages=one, track="tensorbord"), "did you mean 'tensorboard'")]:
         train_small.train = lambda m, t, c, v, _, store, changed=changed, **kw: plain(m, t, c, v, store=store, **kw | changed)
         try:

@@ -188,7 +188,7 @@ def _folder(runs: str, name: str) -> Path:
         return folder
     return folder
 
-# %% ../../nbs/batch/10_run.ipynb #9f8ce98a
+# %% ../../nbs/batch/10_run.ipynb #76d82282
 def _before(folder: Path, recipe: str, wishes: dict[str, Any]) -> dict | None:  # the record of the finished run, if it is
     "What an earlier run left in the folder; a Refusal if that was another run."
     record, was = _json(folder/"record.json"), (_json(folder/"notebook.ipynb") or {}).get("metadata", {}).get("seqwarm")
@@ -196,6 +196,7 @@ def _before(folder: Path, recipe: str, wishes: dict[str, Any]) -> dict | None:  
         values = {k: v for k, v in record.get("parameters", {}).items() if wishes.get(k) is not None}
         was = {"recipe": record.get("recipe", recipe), "parameters": values}
     if was is not None:
+        if was.get("refused") and was["recipe"] == recipe: return None  # corrected since, perhaps: what was wished then binds nobody
         other = [k for k, v in was["parameters"].items() if k != "runs" and (k not in wishes or wishes[k] != v)]
         other += [k for k in wishes if k != "runs" and wishes[k] is not None and k not in was["parameters"]]
         if was["recipe"] != recipe: raise Refusal(f"{folder} holds a run of recipe {was['recipe']}", "give this run another --name")
@@ -228,7 +229,7 @@ def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be m
     finally:
         os.close(fd)
 
-# %% ../../nbs/batch/10_run.ipynb #49b2e9ca
+# %% ../../nbs/batch/10_run.ipynb #41fcad79
 def _client() -> type:
     "papermill's client with this Python as its kernel, and bars that stay one line; imported late, for it takes a second."
     from ipykernel.kernelspec import get_kernel_dict
@@ -242,7 +243,7 @@ def _client() -> type:
             if self.has_trait("transport_encryption"): self.transport_encryption = "auto"  # others on the machine cannot listen
         @property
         def kernel_spec(self) -> KernelSpec:
-            return KernelSpec(**get_kernel_dict())  # argv begins with sys.executable
+            return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=50"]))  # this Python; what it says of its own end is no news
 
     class Client(PapermillNotebookClient):
         open_line = False  # a bar stands on the terminal, not ended
@@ -274,7 +275,7 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
-# %% ../../nbs/batch/10_run.ipynb #ebcc99fd
+# %% ../../nbs/batch/10_run.ipynb #604716f7
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
@@ -296,7 +297,8 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     streams = {"stdout_file": sys.stdout, "stderr_file": sys.stderr} if show else {}
     again = f"see {folder/'notebook.ipynb'}; run again to resume"
     wide = min(120, shutil.get_terminal_size().columns or 80)
-    environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ}  # some terminals call themselves 0 x 0, and bars vanish
+    quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))  # our bars are text
+    environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ, "PYTHONWARNINGS": quiet}  # some are 0 x 0, and bars vanish
     runner = _client()(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
     try: runner.execute(env=environ)
     except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
@@ -313,7 +315,7 @@ def _judge(nb: Any, again: str) -> None:
             said = (" ".join(out.evalue.split()) or "no message")[:300]
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
 
-# %% ../../nbs/batch/10_run.ipynb #5d302078
+# %% ../../nbs/batch/10_run.ipynb #db73d466
 def run(recipe: str | Path,                  # its name, or a path to a notebook
         parameters: dict[str, Any] | None = None,  # what differs from the notebook's own values
         scale: str | None = None,            # smoke | demo | full
@@ -330,11 +332,14 @@ def run(recipe: str | Path,                  # its name, or a path to a notebook
         return done
     with _hold(folder) as new:
         try: _execute(notebook, folder, wishes, show)
-        except Refusal:
+        except Refusal as e:
             if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")):
                 shutil.rmtree(folder)
                 for outer in new[1:]:
                     if not any(outer.iterdir()): outer.rmdir()
+            elif book := _json(folder/"notebook.ipynb"):   # the folder stays, and whoever corrects the call may go on in it
+                book["metadata"]["seqwarm"]["refused"] = str(e)
+                write_whole(folder/"notebook.ipynb", book)
             raise
     record = _json(folder/"record.json") or {}
     if show: _say(folder, record)

@@ -37,15 +37,17 @@ def _header(path: Path) -> dict[str, dict]:
     if size != 8 + n + end: raise Refusal(f"{path} is damaged: it has {size} bytes and should have {8 + n + end}", again)
     return head
 
-# %% ../../nbs/core/20_checkpoint.ipynb #ca777d6a
+# %% ../../nbs/core/20_checkpoint.ipynb #b4f42be5
 _WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WANTED = ["model*.safetensors", _INDEX, "config.json", "generation_config.json", "seqwarm.json", "plan.json", "plan.safetensors",
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*"]
 
 def _json(path: Path) -> Any:
-    try: return json.loads(path.read_text(encoding="utf-8"))
+    try: found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError: raise Refusal(f"{path.parent} holds no {path.name}", "is it the folder of a Hugging Face model?") from None
     except (ValueError, OSError) as e: raise Refusal(f"{path} cannot be read as JSON", "download or save it again") from e
+    if not isinstance(found, dict): raise Refusal(f"{path} holds a {type(found).__name__} and not an object", "download or save it again")
+    return found
 
 def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
     "Name in the files -> file and header entry, of all shards."

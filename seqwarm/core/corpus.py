@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Source', 'parse', 'documents', 'Tokens', 'tokenize', 'Packed', 'pack', 'Corpus']
 
-# %% ../../nbs/core/50_corpus.ipynb #0945fc5a
-import glob, os
+# %% ../../nbs/core/50_corpus.ipynb #23275f41
+import glob, os, shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,11 +16,11 @@ from urllib.parse import parse_qsl
 import numpy as np
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
-from .errors import Refusal, unknown
+from .errors import Refusal, number, unknown
 from .files import fingerprint, whole_folder
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/50_corpus.ipynb #3e0ef5d1
+# %% ../../nbs/core/50_corpus.ipynb #8cccba95
 _OPTIONS = {"world": {"words", "size", "seed"}, "text": {"column", "lang"}, "hub": {"config", "split", "column", "lang"}}
 
 @dataclass(frozen=True)
@@ -41,32 +41,34 @@ class Source:
     def _number(self, key: str, kind: type, default=None, least: float = 1e-9):
         if key not in self.options: return default
         try: value = kind(self.options[key])
-        except ValueError: value = None
-        if value is None or not value >= least:   # 'not >=' also catches nan
+        except ValueError: value = -1
+        if not least <= value < float("inf"):   # 'not <=' also catches nan
             raise Refusal(f"{key}={self.options[key]} of the corpus {self} is no such number", f"write {key}=NUMBER")
         return value
 
     def __str__(self) -> str:
         return f"{self.scheme}:{self.place}" + ("?" + "&".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
 
-# %% ../../nbs/core/50_corpus.ipynb #748ab976
+# %% ../../nbs/core/50_corpus.ipynb #634fbb4c
 def parse(spec: str) -> list[Source]:
     "The sources that a corpus string names, in order."
     found = []
-    for part in spec.split(" + "):
+    for part in str(spec).split(" + "):
         scheme, colon, rest = part.strip().partition(":")
         if not colon or scheme not in _OPTIONS:
             raise unknown("corpus", part.strip(), [f"{s}:" for s in _OPTIONS]) if colon else \
                 Refusal(f"{part.strip()!r} is no corpus", "write world:LANGUAGE, text:PATH or hub:NAME")
         place, _, query = rest.partition("?")
-        options = dict(parse_qsl(query, keep_blank_values=True))
+        if not place: raise Refusal(f"the corpus {part.strip()!r} names nothing", "write world:LANGUAGE, text:PATH or hub:NAME")
+        options = dict(given := parse_qsl(query, keep_blank_values=True))
+        if len(options) < len(given): raise Refusal(f"the corpus {part.strip()!r} has an option twice", "give it once")
         for key in options:
             if key not in (known := _OPTIONS[scheme] | {"weight", "documents"}): raise unknown(f"option of {scheme}: corpora", key, known)
         found.append(Source(scheme, place, options))
         found[-1].weight, found[-1].documents  # read now, so that a bad number is told before anything starts
     return found
 
-# %% ../../nbs/core/50_corpus.ipynb #3edd8a43
+# %% ../../nbs/core/50_corpus.ipynb #bb6bc4ed
 _KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".parquet": "parquet"}
 _HELD_OUT = 50  # one document in so many is kept for validation
 
@@ -74,6 +76,7 @@ def documents(source: Source,          # one part of a corpus string
               split: str = "train",    # 'train', 'valid' (the hold-out), or 'all'
               ) -> Iterator[str]:      # non-empty documents, stripped
     "The documents of a source, as a stream."
+    if split not in ("train", "valid", "all"): raise unknown("split", split, ["train", "valid", "all"])
     if source.scheme == "world": stream = _world(source, split)
     else:
         rows = _files(source) if source.scheme == "text" else _hub(source)
@@ -149,8 +152,15 @@ class Tokens:
         "Predicted tokens (all but each document's first) a word: turns nats a token into bits a word."
         return (len(self.ids) - len(self.starts)) / max(self.words, 1)
 
-# %% ../../nbs/core/50_corpus.ipynb #8fa7b7f8
+# %% ../../nbs/core/50_corpus.ipynb #22fc822f
 def _cache() -> Path: return Path(os.environ.get("SEQWARM_CACHE", "~/.cache/seqwarm")).expanduser()
+
+def _cached(folder: Path) -> Tokens:
+    "The tokens that lie in a folder of the cache; an error if it is damaged."
+    ids, starts, words = (np.load(folder/f"{name}.npy", mmap_mode="r") for name in ("ids", "starts", "words"))
+    mark = (folder/"fingerprint").read_text()
+    if len(mark) != 32 or starts[0] != 0 or starts[-1] >= len(ids): raise ValueError(f"{folder} is damaged")
+    return Tokens(ids, starts, int(words), mark)
 
 def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, split: str = "train") -> Tokens:
     "The tokens of a source; read from the cache if they are there."
@@ -159,6 +169,9 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, split: str = "t
     options = {k: v for k, v in source.options.items() if k not in ("weight", "lang")}
     key = fingerprint([source.scheme, source.place if not state else state, options, split, tokenizer_fingerprint(tokenizer)])
     folder = _cache()/"tokens"/key
+    if folder.exists():
+        try: return _cached(folder)
+        except (OSError, ValueError, EOFError): shutil.rmtree(folder, ignore_errors=True)  # damaged: the text is read again
     if not folder.exists():
         ids, starts, words = _encode(documents(source, split), tokenizer, f"reading {source.scheme}:{Path(source.place).name} ({split})")
         if not len(starts): raise Refusal(f"{source} has no document in its {split} part", "give more text, or a corpus for validation")
@@ -168,8 +181,7 @@ def tokenize(source: Source, tokenizer: PreTrainedTokenizerFast, split: str = "t
                 (tmp/"fingerprint").write_text(fingerprint(ids.tobytes() + starts.tobytes()))
         except (OSError, Refusal):
             if not folder.exists(): raise  # otherwise another process was quicker
-    read = lambda name: np.load(folder/f"{name}.npy", mmap_mode="r")
-    return Tokens(read("ids"), read("starts"), int(read("words")), (folder/"fingerprint").read_text())
+    return _cached(folder)
 
 # %% ../../nbs/core/50_corpus.ipynb #79bade0c
 def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, title: str) -> tuple[np.ndarray, np.ndarray, int]:
@@ -224,7 +236,7 @@ def _epoch(sizes: np.ndarray,    # [sources]: sequences there are
         rows.append(np.stack([np.full(count, j), which], 1))
     return np.concatenate(rows)[_permutation(int(counts.sum()), seed, len(sizes), epoch)]
 
-# %% ../../nbs/core/50_corpus.ipynb #c9e9fe38
+# %% ../../nbs/core/50_corpus.ipynb #ce5c7373
 class Corpus:
     "A tokenised mixture in a seeded, endless order of packed sequences."
     def __init__(self,
@@ -234,6 +246,8 @@ class Corpus:
                  split: str = "train",     # 'train' or 'valid'
                  seed: int = 0,            # of the order
                  alpha: float = 1.0):      # exponent of the sizes in the mixture
+        for what, value, least, kind in [("length", length, 2, int), ("seed", seed, 0, int), ("alpha", alpha, 0, float)]:
+            number(f"the {what} of a corpus", value, least, kind)
         self.spec, self.length, self.seed = spec, length, seed
         sources = parse(spec)
         self.parts = [tokenize(s, tokenizer, split) for s in sources]

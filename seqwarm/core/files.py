@@ -5,15 +5,37 @@
 # %% auto #0
 __all__ = ['whole_folder', 'write_whole', 'fingerprint', 'file_fingerprint', 'Lock']
 
-# %% ../../nbs/core/02_files.ipynb #8b702b23
-import fcntl, json, os, shutil, tempfile
+# %% ../../nbs/core/02_files.ipynb #4d5b4b98
+import fcntl, json, os, re, shutil, tempfile
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 import xxhash
 from .errors import Refusal
 
-# %% ../../nbs/core/02_files.ipynb #e603914d
+# %% ../../nbs/core/02_files.ipynb #06fd540d
+def _full(e: Exception,      # met in writing
+          place: Path) -> bool:
+    "Whether an error means that the disk of `place` is full, or the user's share of it; numpy, torch and safetensors hide the number."
+    if isinstance(e, Refusal): return False
+    if getattr(e, "errno", None) or "os error" in str(e):
+        return getattr(e, "errno", None) in (28, 122) or bool(re.search(r"os error (28|122)\b", str(e)))
+    return isinstance(e, (OSError, RuntimeError)) and shutil.disk_usage(place).free < 1 << 16
+
+def _refusal(path: Path, e: Exception) -> Refusal:
+    "What to tell of an error in writing to `path`."
+    place = next(p for p in (path, *path.parents) if p.exists())
+    if _full(e, place): return Refusal(f"the disk of {path} is full", "make room and start again; nothing was lost")
+    return Refusal(f"{path} cannot be written ({getattr(e, 'strerror', None) or e})", "choose another place, or change its permissions")
+
+def _beside(path: Path, make):
+    "A passing folder or file beside `path`, by a function of `tempfile`."
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return make(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    except OSError as e: raise _refusal(path, e) from e
+
+# %% ../../nbs/core/02_files.ipynb #422e3a1a
 def _sync(path: Path) -> None:
     "Bring a file or a folder's list of names to disk."
     fd = os.open(path, os.O_RDONLY)
@@ -26,8 +48,7 @@ def whole_folder(path: str | Path,         # the folder that shall appear
     "Yield a passing folder that takes the name `path` when the block ends well, and vanishes when it does not."
     path = Path(path)
     if path.exists() and not replace: raise Refusal(f"{path} exists", "choose another place or remove it")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    tmp = Path(_beside(path, tempfile.mkdtemp))
     try:
         tmp.chmod(0o777 & ~_umask())
         yield tmp
@@ -38,8 +59,8 @@ def whole_folder(path: str | Path,         # the folder that shall appear
             os.rename(path, old); os.rename(tmp, path); shutil.rmtree(old)
         else: os.rename(tmp, path)
         _sync(path.parent)
-    except OSError as e:
-        if e.errno in (28, 122): raise Refusal(f"the disk of {path} is full", "make room and start again; nothing was lost") from e
+    except Exception as e:
+        if _full(e, path.parent): raise _refusal(path, e) from e
         raise
     finally: shutil.rmtree(tmp, ignore_errors=True)
 
@@ -47,21 +68,18 @@ def _umask() -> int:
     mask = os.umask(0); os.umask(mask)
     return mask
 
-# %% ../../nbs/core/02_files.ipynb #c2b82c13
+# %% ../../nbs/core/02_files.ipynb #c5aac81d
 def write_whole(path: str | Path,              # the file
                 content: str | bytes | Any):   # text, bytes, or anything that JSON can hold
     "Write a file in one step: afterwards it holds the old content or the new."
     path = Path(path)
     if not isinstance(content, (str, bytes)): content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
     data = content.encode() if isinstance(content, str) else content
-    path.parent.mkdir(parents=True, exist_ok=True)
-    fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    fd, tmp = _beside(path, tempfile.mkstemp)
     try:
         with os.fdopen(fd, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask()); os.rename(tmp, path); _sync(path.parent)
-    except OSError as e:
-        if e.errno in (28, 122): raise Refusal(f"the disk of {path} is full", "make room and start again; nothing was lost") from e
-        raise
+    except OSError as e: raise _refusal(path, e) from e
     finally: Path(tmp).unlink(missing_ok=True)
 
 # %% ../../nbs/core/02_files.ipynb #12a5832e
@@ -79,12 +97,13 @@ def file_fingerprint(path: str | Path) -> str:
         while piece := f.read(1 << 22): h.update(piece)
     return h.hexdigest()
 
-# %% ../../nbs/core/02_files.ipynb #b65b749f
+# %% ../../nbs/core/02_files.ipynb #64d61f4f
 class Lock:
     "Exclusive hold of a folder, until `release` or the end of the process."
     def __init__(self, folder: str | Path):
-        folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-        self.file = open(folder/".lock", "w")
+        folder = Path(folder)
+        try: folder.mkdir(parents=True, exist_ok=True); self.file = open(folder/".lock", "w")
+        except OSError as e: raise _refusal(folder, e) from e
         try: fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.close()

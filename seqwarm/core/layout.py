@@ -255,7 +255,7 @@ def _filled(config: Any) -> dict:
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
-# %% ../../nbs/core/05_layout.ipynb #11c4d216
+# %% ../../nbs/core/05_layout.ipynb #a317698b
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
            ) -> Layout:
@@ -266,5 +266,7 @@ def layout(config: Any,                        # a config of transformers, or th
     if not architecture: raise Refusal("the config names no architecture", f"give one of {', '.join(family.architectures(kind))}")
     if architecture not in family.architectures(kind): raise unknown(f"architecture of {kind}", architecture, family.architectures(kind))
     if config.get("add_cross_attention"): raise Refusal(f"a {kind} model with cross-attention has no table", "use bart or t5")
-    tensors, sizes = _expand(family, config, architecture)
+    try: tensors, sizes = _expand(family, config, architecture); rest = sizes.get("heads", 0) % sizes.get("head", 1)
+    except ZeroDivisionError: rest = 1
+    if rest: raise Refusal(f"the config of this {kind} model is not valid: its width cannot be cut into its heads", "mend its config.json")
     return Layout(family.name, config, architecture, tensors, sizes, family)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['OPS', 'operation', 'Row', 'Plan']
 
-# %% ../../nbs/core/10_plan.ipynb #57969402
+# %% ../../nbs/core/10_plan.ipynb #688ea65a
 import inspect, json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 import pandas as pd
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from .errors import Refusal, unknown
 from .files import fingerprint, write_whole
@@ -184,7 +185,7 @@ def _one(self: Plan, r: Row, sources: Mapping[str, Any]) -> torch.Tensor:
 
 Plan.apply, Plan.make = _apply, lambda self, target, sources: _one(self, self.row(target), sources)
 
-# %% ../../nbs/core/10_plan.ipynb #cebd3fae
+# %% ../../nbs/core/10_plan.ipynb #ee7892c1
 def _save(self: Plan, folder: str | Path) -> None:
     "Write plan.json, and plan.safetensors if there are arrays."
     plain = {k: v for k, v in self.__dict__.items() if k not in ("arrays", "rows", "layout")}
@@ -199,6 +200,7 @@ def _load(folder: str | Path) -> Plan:
     try:
         data = json.loads(path.read_text())
         return Plan(**data | {"rows": [Row(**r) for r in data["rows"]], "arrays": load_file(arrays) if arrays.exists() else {}})
-    except (ValueError, KeyError, TypeError) as e: raise Refusal(f"{path} is not a plan that can be read ({e})", "make it again") from e
+    except (ValueError, KeyError, TypeError, SafetensorError) as e:
+        raise Refusal(f"{path} is not a plan that can be read ({e})", "make it again") from e
 
 Plan.save, Plan.load = _save, staticmethod(_load)

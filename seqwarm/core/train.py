@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['Stage', 'evaluate', 'Trained', 'train']
 
-# %% ../../nbs/core/80_train.ipynb #6b4bc12f
+# %% ../../nbs/core/80_train.ipynb #db56791d
 import json, logging, math, shutil, time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 import numpy as np
@@ -23,14 +23,14 @@ from transformers import PreTrainedTokenizerFast
 from .. import __version__
 from .checkpoint import Card, save
 from .corpus import Corpus
-from .errors import Refusal, unknown
+from .errors import Refusal, number, unknown
 from .files import Lock, fingerprint, whole_folder, write_whole
 from .layout import Layout, layout
 from .ledger import Cost, flops, units
 from .objectives import Draws, objective
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/80_train.ipynb #9c0c0d43
+# %% ../../nbs/core/80_train.ipynb #9ac40121
 _SCHEDULES = {"constant": lambda t: 1.0, "linear": lambda t: 1.0 - t, "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t))}
 
 @dataclass(frozen=True)
@@ -47,9 +47,9 @@ class Stage:
     def __post_init__(self):
         if self.schedule not in _SCHEDULES: raise unknown("schedule", self.schedule, _SCHEDULES)
         objective(self.objective)
-        for name, least in [("steps", 1), ("lr", 0), ("warmup", 0)]:
-            if getattr(self, name) < least: raise Refusal(f"{name}={getattr(self, name)} of a stage is too small", f"give at least {least}")
-        if self.warmup > 1: raise Refusal(f"warmup={self.warmup} is longer than its stage", "give a share of its steps, such as 0.05")
+        for name, least, kind in [("steps", 1, int), ("lr", 0, float), ("warmup", 0, float), ("weight_decay", 0, float)]:
+            number(f"{name} of a stage", getattr(self, name), least, kind)
+        if self.warmup > 1: raise Refusal(f"warmup of a stage cannot be {self.warmup!r}", "give a share of its steps, such as 0.05")
 
     def lr_at(self, step: int) -> float:
         "Learning rate of a step, 0 <= step < steps."
@@ -211,12 +211,14 @@ def _weights_fingerprint(model: torch.nn.Module) -> str:
     raw = lambda tensor: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return fingerprint([[name, fingerprint(raw(tensor))] for name, tensor in model.state_dict().items()])
 
-# %% ../../nbs/core/80_train.ipynb #b906ad46
-def _check(model, lay: Layout, tokenizer, corpora: tuple[Corpus, ...], stages: list[Stage], ranks: int, **counts: int) -> None:
-    "Refuse what would break, or mean nothing, later."
+# %% ../../nbs/core/80_train.ipynb #d797ada7
+def _check(lay: Layout, tokenizer, corpora: tuple[Corpus, ...], stages: list[Stage], ranks: int, seed: int,
+           **counts: int) -> None:
+    "Refuse, before anything is written, what would break, or mean nothing, later."
     if not stages: raise Refusal("a training without stages", "give at least one Stage")
-    for name, n in counts.items():
-        if n < 1: raise Refusal(f"{name}={n} is too small", "give at least 1")
+    for stage in stages: lay.select(stage.frozen)   # misspelt roles, also of a stage that comes late
+    for name, n in counts.items(): number(name, n, 1)
+    if number("seed", seed) >= 1 << 23: raise Refusal(f"seed cannot be {seed}", f"give one below {1 << 23}")   # 40 more bits count steps
     if counts["batch"] % (ranks * counts["accumulate"]):
         raise Refusal(f"a batch of {counts['batch']} can't be cut into {ranks} ranks x {counts['accumulate']} parts", "choose a multiple")
     if len(tokenizer) > (rows := lay.sizes["vocab"]):
@@ -233,7 +235,19 @@ def _accelerator(track: str | None) -> Accelerator:
     return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no",
                        log_with=track, project_dir="." if track else None)   # where it writes is told when the address is known
 
-# %% ../../nbs/core/80_train.ipynb #6c4261a8
+# %% ../../nbs/core/80_train.ipynb #5149d6bb
+@contextmanager
+def _held(folder: Path, acc: Accelerator):
+    "Hold the folder of a training; afterwards it is free at once (a notebook keeps alive what failed), and gone if nothing lies in it."
+    lock, store = Lock(folder) if acc.is_main_process else None, folder.parent
+    try: yield
+    finally:
+        for tracker in acc.trackers: tracker.finish()   # acc.end_training would part the ranks for good
+        if lock and [f.name for f in folder.iterdir()] == [".lock"]:
+            shutil.rmtree(folder)
+            with suppress(OSError): store.rmdir()   # unless others lie in it
+        if lock: lock.release()
+
 def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[dict], Card]) -> None:
     "What is still to do of a training, up to its finished checkpoint."
     begin = 0
@@ -246,6 +260,7 @@ def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[di
         loop.state.sweep("state-*")
     loop.acc.wait_for_everyone()
 
+# %% ../../nbs/core/80_train.ipynb #adada845
 def train(model: transformers.PreTrainedModel,    # to start from, changed on the way; the result lies at the path that comes back
           tokenizer: PreTrainedTokenizerFast, corpus: Corpus, valid: Corpus,
           stages: list[Stage],
@@ -264,8 +279,8 @@ def train(model: transformers.PreTrainedModel,    # to start from, changed on th
           ) -> Trained:
     "Train a model through its stages, or find it trained."
     acc, lay, steps = _accelerator(track), layout(model.config, type(model).__name__), sum(s.steps for s in stages)
-    every = every or max(1, round(steps / 50))
-    _check(model, lay, tokenizer, (corpus, valid), stages, acc.num_processes, batch=batch, accumulate=accumulate, every=every,
+    every = max(1, round(steps / 50)) if every is None else every
+    _check(lay, tokenizer, (corpus, valid), stages, acc.num_processes, seed, batch=batch, accumulate=accumulate, every=every,
            save_every=save_every, sequences=sequences)
     key = fingerprint([_weights_fingerprint(model), model.config.to_dict(), tokenizer_fingerprint(tokenizer),
                        corpus.fingerprint, valid.fingerprint, [asdict(s) for s in stages], [c.id for c in parents], recipe,
@@ -273,10 +288,9 @@ def train(model: transformers.PreTrainedModel,    # to start from, changed on th
                        acc.device.type, torch.__version__, transformers.__version__, __version__])
     folder = Path(store)/key; done = folder/"model"
     if not done.exists():
-        lock, state = Lock(folder) if acc.is_main_process else None, _State(folder, acc)
-        try:
-            if lock: state.sweep(".*.part")   # what a kill left behind
-            book = dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
+        with _held(folder, acc):
+            state, book = _State(folder, acc), dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
+            if acc.is_main_process: state.sweep(".*.part")   # what a kill left behind
             if newest := state.newest(): book = json.loads((newest/"book.json").read_text())
             if track:
                 acc.project_configuration.logging_dir = str(folder/"log")
@@ -285,7 +299,4 @@ def train(model: transformers.PreTrainedModel,    # to start from, changed on th
                 loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book,
                              batch, accumulate, seed, every, save_every, sequences, compile)
                 _run_stages(loop, stages, done, lambda cost: Card.child(name, recipe, list(parents), cost))
-        finally:
-            for tracker in acc.trackers: tracker.finish()   # acc.end_training would part the ranks for good
-            if lock: lock.release()
     return Trained(done, pd.DataFrame(json.loads((folder/"history.json").read_text())))

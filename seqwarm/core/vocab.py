@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['train_tokenizer', 'load_tokenizer', 'tokenizer_fingerprint', 'Overlap', 'overlap', 'spell']
 
-# %% ../../nbs/core/30_vocab.ipynb #cb1bd67f
+# %% ../../nbs/core/30_vocab.ipynb #0d662d4e
 import json, math, re
 from collections import Counter
 from collections.abc import Iterable
@@ -14,10 +14,10 @@ from itertools import chain
 from pathlib import Path
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
-from .errors import Refusal, unknown
+from .errors import Refusal, number, unknown
 from .files import fingerprint
 
-# %% ../../nbs/core/30_vocab.ipynb #803d25d3
+# %% ../../nbs/core/30_vocab.ipynb #e3951057
 _SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
 
 def train_tokenizer(texts: Iterable[str],    # read once, in order
@@ -27,7 +27,7 @@ def train_tokenizer(texts: Iterable[str],    # read once, in order
     "A tokenizer learned from `texts`; the same texts give the same bytes, in every process."
     if kind not in ("bpe", "unigram"): raise unknown("kind of tokenizer", kind, ["bpe", "unigram"])
     least = len(_SPECIALS) + (256 if kind == "bpe" else 1)
-    if size < least: raise Refusal(f"a {kind} vocabulary of {size} tokens is too small", f"ask for at least {least}")
+    if number("size", size) < least: raise Refusal(f"a {kind} vocabulary of {size} tokens is too small", f"ask for at least {least}")
     if isinstance(texts, str): texts = [texts]
     texts = iter(texts)
     first = next((t for t in texts if t and not t.isspace()), None)

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['METHODS', 'clp', 'report']
 
-# %% ../../nbs/methods/10_clp.ipynb #9f4b5ff2
+# %% ../../nbs/methods/10_clp.ipynb #8a891a01
 from collections.abc import Callable, Mapping
 from typing import Any
 import pandas as pd
 import torch
 from torch import Tensor
 from ..core.checkpoint import Checkpoint
-from ..core.errors import Refusal, unknown
+from ..core.errors import Refusal, number, unknown
 from ..core.plan import Plan, Row, operation
 from ..core.vocab import Overlap, load_tokenizer, overlap, spell
 
@@ -141,11 +141,13 @@ def _fvt(S: Tensor, *, shape, origin: Tensor, anchors: Tensor, flat: Tensor, off
         return torch.stack(rows)
     return _fill(S, rule, shape, origin, anchors, axis)
 
-# %% ../../nbs/methods/10_clp.ipynb #23596ae6
+# %% ../../nbs/methods/10_clp.ipynb #9504d17e
 METHODS: dict[str, tuple[str, str, dict[str, Any]]] = {  # name -> operation, tables it reads (S, H, E), its options
     "random": ("embed.random", "S", {}), "overlap": ("embed.random", "S", {"copy": True}), "clp": ("embed.clp", "SH", {}),
     "guarded": ("embed.guarded", "SHE", {}), "softmax": ("embed.softmax", "SH", {"top_k": None, "temperature": 0.1}),
     "fvt": ("embed.fvt", "S", {}), "lstsq": ("embed.lstsq", "SH", {"ridge": 1e-3})}
+
+_LEAST = {"top_k": (1, int), "temperature": (1e-6, float), "ridge": (0, float)}  # of options: smallest, kind
 
 def _arrays(both: Overlap, source_rows: int, helper_rows: int, rows: int) -> dict[str, Tensor]:
     "origin and anchors; shared tokens that the source has no row for count as missing."
@@ -178,7 +180,7 @@ def _shift(x: Tensor, *, by: int) -> Tensor:
     "Rows moved down by `by`; the first rows, which no position uses, are repeated or cut."
     return torch.cat([x[:1].expand(by, -1), x]) if by > 0 else x[-by:]
 
-# %% ../../nbs/methods/10_clp.ipynb #1c0e6c64
+# %% ../../nbs/methods/10_clp.ipynb #b3e154b2
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -192,6 +194,8 @@ def clp(source: Checkpoint,              # the large model of the other language
     op, tables, defaults = METHODS[method]
     for name in options:
         if name not in defaults or name == "copy": raise unknown(f"option of {method}", name, set(defaults) - {"copy"} or {"(none)"})
+        if name != "top_k" or options[name] is not None: number(name, options[name], *_LEAST[name])
+    number("seed", seed); number("pad_to", pad_to, 1)
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
     both, E, H = overlap(theirs, ours), source.layout.one("embed.token"), helper.layout.one("embed.token")
     beyond = [t for t in both.missing + both.shared_target if t >= H.shape[0] and t not in {b for _, b in both.roles.values()}]
