@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Language', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #f3e3e68a
+# %% ../../nbs/recipes/10_clp.ipynb #854ad5e7
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -18,14 +18,14 @@ from accelerate import PartialState
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from ..core.checkpoint import Card, Checkpoint, write
 from ..core.corpus import Corpus, Source, documents, parse
-from ..core.errors import unknown
+from ..core.errors import Refusal, number, unknown
 from ..core.files import fingerprint
 from ..core.ledger import Cost, crossing, saved
 from ..core.train import Stage, Trained, train
 from ..core.vocab import load_tokenizer, overlap, train_tokenizer
 from ..methods.clp import METHODS, clp, report
 
-# %% ../../nbs/recipes/10_clp.ipynb #2e477cf6
+# %% ../../nbs/recipes/10_clp.ipynb #786b62f4
 _ALL = ["random", "overlap", "clp", "guarded", "softmax", "fvt", "lstsq"]
 _SIZES = {  # width and layers are those of source and target
     "smoke": dict(words=30_000, vocab=600, length=32, batch=8, width=32, layers=2, helper_width=16, helper_layers=1, sequences=16,
@@ -39,11 +39,30 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     "The sizes of a scale, with every wish that is not None in their place."
     if scale not in _SIZES: raise unknown("scale", scale, _SIZES)
     p = SimpleNamespace(**{k: None for k in wishes} | _SIZES[scale] | {k: v for k, v in wishes.items() if v is not None})
-    for arm in p.arms:
-        if arm not in METHODS: raise unknown("method", arm, METHODS)
+    _check(p)
     for key in ("source_text", "target_text", "source_valid", "target_valid"):
         if spec := getattr(p, key): setattr(p, key, " + ".join(_with_words(s, p.words) for s in parse(spec)))
     return p
+
+def _check(p: SimpleNamespace) -> None:
+    "Refuse, before anything is read or trained, the sizes that no model can have."
+    for key in ("seeds", "arms", "horizons", "rates"):
+        values = getattr(p, key)
+        if not values: raise Refusal(f"parameter {key} is an empty list", "give at least one, or leave it out")
+        if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
+    for arm in p.arms:
+        if arm not in METHODS: raise unknown("method", arm, METHODS)
+    for key in ("source_steps", "helper_steps", "batch", "words", "width", "layers", "helper_width", "helper_layers", "heads"):
+        number(f"parameter {key}", getattr(p, key), 1)
+    number("parameter length", p.length, 2); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
+    for steps in p.horizons: number("parameter horizons", steps, 1)
+    for seed in p.seeds: number("parameter seeds", seed, 0)
+    for rate in p.rates:
+        if rate <= 0: raise Refusal(f"parameter rates cannot hold {rate:g}", "a learning rate is above 0")
+    for key in ("width", "helper_width"):
+        if (n := getattr(p, key)) % p.heads:
+            raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the {p.heads} attention heads")
+    if p.source_text == p.target_text: raise Refusal(f"source and target are both {p.source_text}", "name two languages")
 
 def _with_words(source: Source, words: int) -> str:
     "A part of a corpus string; a toy world without a size of its own gets that of the scale."
