@@ -211,7 +211,7 @@ def _weights_fingerprint(model: torch.nn.Module) -> str:
     raw = lambda tensor: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
     return fingerprint([[name, fingerprint(raw(tensor))] for name, tensor in model.state_dict().items()])
 
-# %% ../../nbs/core/80_train.ipynb #d797ada7
+# %% ../../nbs/core/80_train.ipynb #9661a810
 def _check(lay: Layout, tokenizer, corpora: tuple[Corpus, ...], stages: list[Stage], ranks: int, seed: int,
            **counts: int) -> None:
     "Refuse, before anything is written, what would break, or mean nothing, later."
@@ -232,7 +232,8 @@ def _accelerator(track: str | None) -> Accelerator:
     if track and track not in known: raise unknown("tracker", track, known)
     if track and known[track] not in get_available_trackers():   # accelerate would warn and log nothing
         raise Refusal(f"{track} is not installed", f"pip install {track}, or train without `track`")
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if torch.cuda.is_available() else "no",
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)   # a T4 would only emulate it
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no",
                        log_with=track, project_dir="." if track else None)   # where it writes is told when the address is known
 
 # %% ../../nbs/core/80_train.ipynb #5149d6bb
