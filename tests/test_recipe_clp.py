@@ -5,18 +5,19 @@ import pandas as pd
 import pytest
 from seqwarm.core.errors import Refusal
 from seqwarm.core.ledger import Cost
+from seqwarm.core.train import Stage
 from seqwarm.recipes.clp import claims_of, means, results, sized
 
 def trained(*losses):
     "A history of one measurement every 10 steps of 5 tokens, 7 FLOPs a step."
     step = np.arange(len(losses)) * 10
-    return SimpleNamespace(history=pd.DataFrame(dict(step=step, tokens=step * 5, flops=step * 7, lr=np.where(step > 0, 1e-3, 0), loss=losses)))
+    return SimpleNamespace(history=pd.DataFrame(dict(step=step, tokens=step * 5, flops=step * 7, loss=losses)))
 
 @pytest.fixture
 def table():
     done = {("scratch", 0): trained(9, 6, 5, 4), ("random", 0): trained(9, 5, 4.5, 3.5), ("warm", 0): trained(7, 4, 3, 3), ("late", 0): trained(9, 8, 7, 6),
             ("scratch", 1): trained(9, 6, 5, 4), ("random", 1): trained(9, 5, 4, 3), ("warm", 1): trained(7, 5, 3, 3), ("late", 1): trained(9, 3, 2, 1)}
-    return results(done, {0: Cost(flops=21), 1: Cost(flops=105)})
+    return results(done, Stage(30, 1e-3), {0: Cost(flops=21), 1: Cost(flops=105)})
 
 def test_when_an_arm_reaches_scratch_s_end(table):
     row = lambda arm, seed: table[(table.arm == arm) & (table.seed == seed)].iloc[0]
