@@ -181,7 +181,8 @@ def test_nothing_starts_on_bad_wishes(tiny):
 def test_ctrl_c_ends_runner_and_kernel_and_the_run_resumes(tmp_path):
     notebook(tmp_path/"1_long.ipynb", "(folder/'pid').write_text(str(os.getpid()))\nimport time\nif (folder/'pid2').exists(): pass\nelse: time.sleep(60)")
     command = [sys.executable, "-c", "from seqwarm.batch.cli import main; main()", "run", "1_long.ipynb"]
-    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    heed = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)   # what runs in the background of a shell ignores Ctrl-C, and so do its children
+    p = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, preexec_fn=heed)
     mark = tmp_path/"runs"/"tiny"/"pid"
     for _ in range(600):
         if mark.exists() and mark.read_text(): break
