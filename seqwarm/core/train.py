@@ -41,7 +41,7 @@ class Stage:
     objective: str = "causal"          # a name in core.objectives
     schedule: str = "cosine"           # constant | linear | cosine
     warmup: float = 0.05               # share of the stage's steps
-    frozen: tuple[str, ...] = ()       # roles that sleep: 'attn', 'embed.token', 'encoder:ffn', 'norm.final'
+    frozen: tuple[str, ...] = ()       # roles that sleep: 'attn', 'embed.token', 'encoder/ffn', 'norm.final'
     weight_decay: float = 0.1          # on matrices; gains and biases are not decayed
 
     def __post_init__(self):

@@ -7,14 +7,7 @@ __all__ = ['FAMILY']
 
 # %% ../../nbs/families/40_roberta.ipynb #cb7cb281
 from ..core.layout import Family
-
-# %% ../../nbs/families/40_roberta.ipynb #4bc6ed2a
-def _read(c: dict) -> dict:
-    "Sizes and conditions from a config in the style of BERT."
-    D = c["hidden_size"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"],
-                layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
-                labels=len(c.get("id2label") or (0, 1)))
+from .bert import _read   # sizes stand in the config as BERT's do
 
 # %% ../../nbs/families/40_roberta.ipynb #7a989040
 FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post", read=_read,
