@@ -7,7 +7,8 @@ from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokeni
 from seqwarm.core.checkpoint import Card, Checkpoint, build, save, write
 from seqwarm.core.errors import Refusal
 from seqwarm.core.plan import OPS, Plan
-from seqwarm.core.vocab import overlap, spell, train_tokenizer
+from seqwarm.core.overlap import overlap, spell
+from seqwarm.core.vocab import train_tokenizer
 from seqwarm.methods.clp import METHODS, clp, report
 
 # ---- the rules against plain loops in float64 -------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"Tokenizers: the same bytes in every process, overlap against a plain loop, refusals in one line."
-import os, subprocess, sys
+"Tokenizers: the same bytes in every process, the same through files, refusals in one line."
+import json, os, subprocess, sys
 import pytest
-from transformers import BertTokenizerFast, GPT2Config, LlamaConfig
+from transformers import ByT5Tokenizer, GPT2Config, GPT2Tokenizer, LlamaConfig
+from seqwarm.core import vocab
 from seqwarm.core.errors import Refusal
-from seqwarm.core.vocab import load_tokenizer, overlap, spell, train_tokenizer
+from seqwarm.core.vocab import load_tokenizer, tokenizer_fingerprint, train_tokenizer
 
 GERMAN = ["der hund sieht die katze im garten", "die katze sieht den hund nicht", "im garten stehen 12 alte bäume, und der wind weht"]*4
-ENGLISH = ["the hound sees the cat in the garden", "the cat does not see the hound", "in the garden stand 12 old trees, and the wind blows"]*4
 
 MAKE = """
 import hashlib, random, sys
@@ -49,45 +49,6 @@ def test_unigram_prefers_whole_words_and_knows_its_limits():
     assert tok.unk_token_id in tok("ξ").input_ids
     assert tok.tokenize("hund\nhund") != tok.tokenize("hund hund")
 
-def test_overlap_against_a_plain_loop():
-    source, target = train_tokenizer(ENGLISH, 320), train_tokenizer(GERMAN, 340)
-    got, s_of, special = overlap(source, target), source.get_vocab(), set(range(5))
-    want = [(i, s_of[t]) for i in range(len(target)) if (t := target.convert_ids_to_tokens(i)) in s_of and i not in special]
-    assert list(zip(got.shared_target, got.shared_source)) == want and len(want) > 256
-    assert got.special_target == got.special_source == [0, 1, 2, 3, 4]
-    assert got.missing == sorted(set(range(len(target))) - {t for t, _ in want} - special) and got.missing
-    assert got.size == len(target) and got.share == len(want)/len(target)
-
-def wordpiece(words):
-    return BertTokenizerFast(vocab={w: i for i, w in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words])})
-
-def test_specials_by_role_not_by_spelling():
-    source, target = wordpiece(["hund", "wind", ","]), train_tokenizer(GERMAN, 340)
-    got = overlap(source, target)
-    assert dict(zip(got.special_target, got.special_source)) == {0: 2, 1: 3, 2: 0, 3: 1, 4: 4}  # <s>=[CLS], </s>=[SEP], ...
-    back = overlap(target, source)
-    assert dict(zip(back.special_target, back.special_source)) == {0: 2, 1: 3, 2: 0, 3: 1, 4: 4}
-    plain = overlap(wordpiece(["hund", "<mask>", ","]), target)  # an ordinary token of the source that is spelt like our special one
-    assert 4 not in plain.shared_target and dict(zip(plain.special_target, plain.special_source))[4] == 4
-    lone = train_tokenizer(ENGLISH, 320)
-    lone.mask_token = lone.pad_token = None
-    assert {2, 4} <= set(overlap(lone, target).missing)
-
-def test_no_shared_token_is_refused():
-    with pytest.raises(Refusal, match="share no ordinary token"): overlap(wordpiece(["foo", "bar"]), wordpiece(["baz"]))
-
-def test_spell_bytes_and_text():
-    source, target = train_tokenizer(ENGLISH, 300), train_tokenizer(GERMAN, 340)
-    ids = overlap(source, target).missing
-    flat, offsets = spell(source, target, ids)
-    assert len(offsets) == len(ids) + 1 and offsets[-1] == len(flat)
-    for k, i in enumerate(ids):
-        assert "".join(source.convert_ids_to_tokens(flat[offsets[k]:offsets[k + 1]])) == target.convert_ids_to_tokens(i)
-    wp = wordpiece(["gar", "##ten", "den"])
-    g = train_tokenizer(GERMAN, 200, "unigram")
-    flat, offsets = spell(wp, g, [g.convert_tokens_to_ids("▁garten"), 0])
-    assert wp.convert_ids_to_tokens(flat) == ["gar", "##ten"] and offsets == [0, 2, 2]
-
 @pytest.mark.parametrize("call,words", [
     (lambda p: train_tokenizer([], 400), "no text"), (lambda p: train_tokenizer(["  ", ""], 400), "no text"),
     (lambda p: train_tokenizer(GERMAN, 100), "too small"), (lambda p: train_tokenizer(GERMAN, 400, "bp"), "did you mean 'bpe'"),
@@ -101,3 +62,50 @@ def test_broken_tokenizer_file_is_refused(tmp_path):
     train_tokenizer(GERMAN, 340).save_pretrained(tmp_path)
     (tmp_path/"tokenizer.json").write_text((tmp_path/"tokenizer.json").read_text()[:500])
     with pytest.raises(Refusal, match="not readable JSON"): load_tokenizer(tmp_path)
+
+CODE = {"auto_map": {"AutoTokenizer": ["tokenization_ours.OurTokenizer", None]}}
+
+@pytest.mark.parametrize("config", [CODE, CODE | {"tokenizer_class": "OurTokenizer"},
+                                    {"auto_map": ["tokenization_ours.OurTokenizer", "tokenization_ours.OurTokenizerFast"]}])
+@pytest.mark.parametrize("with_json", [True, False])
+def test_code_of_the_repository_is_never_run(config, with_json, tmp_path):
+    if with_json: train_tokenizer(GERMAN, 340).save_pretrained(tmp_path)
+    else: (tmp_path/"vocab.txt").write_text("hund\n")
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(config))
+    (tmp_path/"tokenization_ours.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\nclass OurTokenizer: pass\nclass OurTokenizerFast: pass\n")
+    with pytest.raises(Refusal, match="asks to run code of its own") as e: load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value) and not (tmp_path/"ran").exists()
+
+def test_a_class_of_transformers_beside_the_code_is_used(tmp_path):
+    tok = train_tokenizer(GERMAN, 340)
+    tok.save_pretrained(tmp_path)
+    (tmp_path/"tokenization_ours.py").write_text(f"open({str(tmp_path/'ran')!r}, 'w')\n")
+    (tmp_path/"tokenizer_config.json").write_text(json.dumps(CODE | {"tokenizer_class": "GPT2Tokenizer"}))
+    again = load_tokenizer(tmp_path)
+    assert isinstance(again, GPT2Tokenizer) and again.get_vocab().items() >= tok.get_vocab().items() and not (tmp_path/"ran").exists()
+
+@pytest.mark.parametrize("name,family", [("spiece.model", "t5"), ("tokenizer.model", "llama"), ("sentencepiece.bpe.model", "xlm-roberta"), ("spiece.model", None)])
+def test_a_sentencepiece_model_alone_says_what_to_install(name, family, tmp_path, monkeypatch):
+    (tmp_path/name).write_bytes(b"abcd")
+    if family: (tmp_path/"config.json").write_text(json.dumps({"model_type": family}))
+    monkeypatch.setattr(vocab, "find_spec", lambda library: None)
+    with pytest.raises(Refusal, match=f"{name} is a SentencePiece model.*pip install sentencepiece") as e: load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+    monkeypatch.setattr(vocab, "find_spec", lambda library: object())   # installed, or thought to be: the loader's own word, in one line
+    with pytest.raises(Refusal, match="cannot be loaded") as e: load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value) and "; " in str(e.value)
+
+@pytest.mark.parametrize("name,text,words", [
+    ("tokenizer_config.json", "[1]", "no JSON object"), ("tokenizer.json", "{}", "cannot be loaded"), ("vocab.json", '{"a": 0', "not readable JSON"),
+    ("tokenizer.json", '{"version": "1.0", "model": {"type": "Nothing"}}', "cannot be loaded"), ("tokenizer_config.json", '{"auto_map": 3}', "cannot be loaded"),
+])
+def test_nonsense_in_the_files_is_one_line(name, text, words, tmp_path):
+    (tmp_path/name).write_text(text)
+    with pytest.raises(Refusal, match=words) as e: load_tokenizer(tmp_path)
+    assert "\n" not in str(e.value)
+
+def test_fingerprint_tells_vocabularies_apart(tmp_path):
+    a, b = train_tokenizer(GERMAN, 340), train_tokenizer(GERMAN, 300)
+    a.save_pretrained(tmp_path)
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path)) == tokenizer_fingerprint(a) != tokenizer_fingerprint(b)
+    assert tokenizer_fingerprint(ByT5Tokenizer()) == tokenizer_fingerprint(ByT5Tokenizer()) != tokenizer_fingerprint(ByT5Tokenizer(extra_ids=3))

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..core.checkpoint import Checkpoint
 from ..core.errors import Refusal, number, unknown
 from ..core.plan import Plan, Row, operation
-from ..core.vocab import Overlap, load_tokenizer, overlap, spell
+from ..core.overlap import Overlap, overlap, spell
+from ..core.vocab import load_tokenizer
 
 # %% ../../nbs/methods/10_clp.ipynb #cb050517
 _CHUNK = 4096  # rows at once

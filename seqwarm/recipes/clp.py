@@ -22,7 +22,8 @@ from ..core.errors import Refusal, number, unknown
 from ..core.files import fingerprint
 from ..core.ledger import Cost, crossing, saved
 from ..core.train import Stage, Trained, train
-from ..core.vocab import load_tokenizer, overlap, train_tokenizer
+from ..core.overlap import overlap
+from ..core.vocab import load_tokenizer, train_tokenizer
 from ..methods.clp import METHODS, clp, report
 
 # %% ../../nbs/recipes/10_clp.ipynb #786b62f4
