@@ -82,7 +82,7 @@ class Row:
         lacking = [n for n, p in options.items() if p.default is p.empty and n not in given and n not in _GIVEN]
         return f"{self.op} needs the argument {lacking[0]}" if lacking else ""
 
-# %% ../../nbs/core/10_plan.ipynb #1595228e
+# %% ../../nbs/core/10_plan.ipynb #51889d63
 @dataclass
 class Plan:
     "All rows of a warm start, and what the new checkpoint is apart from its tensors."
@@ -97,12 +97,18 @@ class Plan:
     generation: dict[str, Any] | None = None                          # the new generation_config.json
     untied: list[str] = field(default_factory=list)                   # tensors that are on their own although the config ties them
     dtype: str = "float32"                                            # of tensors without a source
+    notes: dict[str, Any] = field(default_factory=dict)               # what its maker wants to be known (JSON)
 
     @cached_property
     def layout(self) -> Layout:
         "The layout of the new model."
         plain = layout(self.config, self.architecture)
         return plain.untied(self.untied) if self.untied else plain
+    @property
+    def fingerprint(self) -> str:
+        "Of all that determines the new checkpoint."
+        arrays = {k: fingerprint(v.contiguous().numpy().tobytes()) for k, v in self.arrays.items()}
+        return fingerprint([{k: v for k, v in self.__dict__.items() if k not in ("arrays", "rows", "layout")}, list(map(asdict, self.rows)), arrays])
     def row(self, target: str) -> Row:
         "Where a tensor comes from."
         for r in self.rows:
@@ -117,7 +123,7 @@ class Plan:
         "JSON for a card: recipe, sources, and how many tensors and parameters each operation makes."
         tensors, params = Counter(), Counter()
         for r in self.rows: tensors[r.op] += 1; params[r.op] += self.layout.tensors[r.target].size
-        return dict(recipe=self.recipe, sources=self.sources, seed=self.seed, dropped=self.dropped,
+        return dict(recipe=self.recipe, sources=self.sources, seed=self.seed, dropped=self.dropped, notes=self.notes,
                     operations={op: dict(tensors=tensors[op], parameters=params[op]) for op in tensors})
 
 # %% ../../nbs/core/10_plan.ipynb #6b909ee9
