@@ -16,13 +16,14 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
-from ..core.checkpoint import Card, Checkpoint, write
+from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import Corpus, Source, documents, parse
 from ..core.errors import Refusal, number, unknown
 from ..core.files import fingerprint
 from ..core.ledger import Cost, crossing, saved
 from ..core.train import Stage, Trained, train
 from ..core.vocab import load_tokenizer, overlap, train_tokenizer
+from ..core.write import write
 from ..methods.clp import METHODS, clp, report
 
 # %% ../../nbs/recipes/10_clp.ipynb #786b62f4
