@@ -7,15 +7,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel
 from seqwarm.batch.cli import main
-from seqwarm.core import checkpoint, files
-from seqwarm.core.checkpoint import Card, Checkpoint, save, write
+from seqwarm.core import files
+from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.errors import Refusal
 from seqwarm.core.overlap import overlap
 from seqwarm.core.plan import Plan
 from seqwarm.core.record import Run
 from seqwarm.core.train import Stage, train
-from seqwarm.core.vocab import load_tokenizer, train_tokenizer
+from seqwarm.core.vocab import load_tokenizer, overlap, train_tokenizer
+from seqwarm.core.write import save, write
 from seqwarm.methods.clp import clp
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import notebook
@@ -134,18 +135,18 @@ def test_transfer(here, made):
 def test_full_disk(here, made, monkeypatch):
     s, h = Checkpoint(made[0]/"source"), Checkpoint(made[0]/"helper")
     P, before = clp(s, h), listing(here)
+    def fsync(_): raise OSError(28, "No space left on device")
     def full(*_, **__): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
     with monkeypatch.context() as m:
-        m.setattr(checkpoint, "save_file", full)
+        m.setattr(files.os, "fdatasync", fsync)
         refused(lambda: write(P, {"source": s, "helper": h}, "out"), "the disk of out is full")
         m.setattr(GPT2LMHeadModel, "save_pretrained", full)
         refused(lambda: save(gpt(made[1]), None, "out", Card.child("x", "y")), "the disk of out is full")
-    def fsync(_): raise OSError(28, "No space left on device")
     with monkeypatch.context() as m:
         m.setattr(files.os, "fsync", fsync)
         refused(lambda: files.write_whole("record.json", {}), "the disk of record.json is full")
         refused(lambda: Corpus("text:a.txt", made[1], 16), "is full")
-    shutil.rmtree("cache"); assert listing(here) == before
+    assert listing(here) == before
     with pytest.raises(RuntimeError, match="ours"):   # another failure is not taken for a full disk
         with files.whole_folder("out"): raise RuntimeError("ours")
     assert listing(here) == before

@@ -3,10 +3,11 @@ import json
 import pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
-from seqwarm.core.checkpoint import Card, Checkpoint, build, save, write
+from seqwarm.core.checkpoint import Card, Checkpoint, finite
 from seqwarm.core.errors import Refusal
 from seqwarm.core.plan import Plan, Row
 from seqwarm.core.vocab import load_tokenizer, train_tokenizer
+from seqwarm.core.write import build, save, write
 
 def gpt2(tied=True): return GPT2LMHeadModel(GPT2Config(vocab_size=17, n_embd=8, n_layer=2, n_head=2, n_positions=12, bos_token_id=0, eos_token_id=1, tie_word_embeddings=tied))
 def llama(tied=False): return LlamaForCausalLM(LlamaConfig(vocab_size=17, hidden_size=8, intermediate_size=12, num_hidden_layers=2, num_attention_heads=2,
@@ -91,15 +92,34 @@ def drop_shard(p): sorted(p.glob("model-*"))[1].unlink()
 def cut_shard(p): f = sorted(p.glob("model-*"))[1]; f.write_bytes(f.read_bytes()[:-3])
 def cut_header(p): f = sorted(p.glob("model-*"))[1]; f.write_bytes(f.read_bytes()[:20])
 def noise(p): sorted(p.glob("model-*"))[1].write_bytes(b"version https://git-lfs.github.com/spec/v1")
-def absent(p): i = p/"model.safetensors.index.json"; d = json.loads(i.read_text()); k = list(d["weight_map"])[-1]; d["weight_map"][k] = "model-00001-of-%05d.safetensors" % len(set(d["weight_map"].values())); i.write_text(json.dumps(d))
+def reindex(p, change):
+    i = p/"model.safetensors.index.json"; d = json.loads(i.read_text()); change(d["weight_map"]); i.write_text(json.dumps(d))
+def absent(p): reindex(p, lambda w: w.update({max(w, key=w.get): min(w.values())}))
+def rehead(p, change):
+    "Change the header of the first shard, keeping its length."
+    f = min(p.glob("model-*")); raw = f.read_bytes(); n = int.from_bytes(raw[:8], "little"); head = json.loads(raw[8:8+n]); change(list(head.values())[1:], head)
+    text = json.dumps(head, separators=(",", ":")).encode(); assert len(text) <= n, "no room"
+    f.write_bytes(raw[:8] + text.ljust(n) + raw[8+n:])
+def swapped(t, head): t[0]["data_offsets"], t[1]["data_offsets"] = t[1]["data_offsets"], t[0]["data_offsets"]
+def overlapping(t, head): t[1]["data_offsets"] = t[0]["data_offsets"]
+def gap(t, head): t[0]["data_offsets"][1] -= 4
+def wide(t, head): t[0]["dtype"] = "F64"
+def odd(t, head): t[0]["dtype"] = "F4"
+def negative(t, head): t[0]["data_offsets"] = [-4, t[0]["data_offsets"][1] - 4]
+def wordy(t, head): t[0]["data_offsets"] = ["0", "4"]
 def pickled(p):
     for f in p.glob("model*"): f.unlink()
     (p/"pytorch_model.bin").write_bytes(b"x")
-def lost(p): i = p/"model.safetensors.index.json"; d = json.loads(i.read_text()); d["weight_map"].pop("transformer.ln_f.bias"); i.write_text(json.dumps(d))
+def lost(p): reindex(p, lambda w: w.pop("transformer.ln_f.bias"))
 
 @pytest.mark.parametrize("spoil,words", [
     (drop_shard, "lacks the shard"), (cut_shard, "is damaged"), (cut_header, "not a safetensors file"), (noise, "not a safetensors file"),
     (absent, "which does not hold it"), (pickled, "pickled weights only.*convert"), (lost, "lacks transformer.ln_f.bias"),
+    *((lambda p, bad=bad: reindex(p, lambda w: w.update({max(w): bad})), "no file of this folder")
+      for bad in ("../a/model.safetensors", "/etc/passwd", "..", "", 3, None)),
+    (lambda p: (p/"model.safetensors.index.json").write_text('{"weight_map": ["x"]}'), "has no weight_map"),
+    *((lambda p, f=f: rehead(p, f), words) for f, words in [(swapped, "is damaged: .* should lie"), (overlapping, "is damaged"), (gap, "is damaged"),
+        (wide, "is damaged"), (odd, "dtype F4"), (negative, "is damaged"), (wordy, "not a safetensors file")]),
     (lambda p: edit(p, n_embd=16), "has the shape"), (lambda p: edit(p, model_type="gtp2"), "did you mean 'gpt2'"),
     (lambda p: edit(p, model_type="mine", auto_map={"AutoModel": "x.Y"}), "code of its own"),
     (lambda p: (p/"config.json").write_text("{"), "cannot be read as JSON"), (lambda p: (p/"config.json").unlink(), "holds no config.json"),
@@ -116,7 +136,7 @@ def test_nothing_is_left_behind(tmp_path):
     (tmp_path/"there").mkdir()
     with pytest.raises(Refusal, match="exists"): write(copies(c), {"s": c}, tmp_path/"there")
     class Bad:
-        names, shape = c.names, staticmethod(c.shape)
+        names, shape, dtype = c.names, staticmethod(c.shape), staticmethod(c.dtype)
         def read(self, n):
             if n == c.names[-1]: raise Refusal("the disk broke")
             return c.read(n)
@@ -125,21 +145,48 @@ def test_nothing_is_left_behind(tmp_path):
     with pytest.raises(Refusal, match="explain"): write(Plan("x", c.config, c.architecture, []), {"s": c}, tmp_path/"out")
     assert sorted(tmp_path.rglob("*")) == before
 
-def test_full_disk(tmp_path, monkeypatch):
-    import seqwarm.core.checkpoint as mod
-    from safetensors import SafetensorError
-    c = save(gpt2(), None, tmp_path/"a", Card("a", "scratch"))
-    def full(*a, **k): raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    monkeypatch.setattr(mod, "save_file", full)
-    with pytest.raises(Refusal, match="disk of .* is full"): write(copies(c), {"s": c}, tmp_path/"out")
-    assert [p.name for p in tmp_path.iterdir()] == ["a"]
-
 def test_not_finite_and_not_there(tmp_path, monkeypatch):
     m = gpt2()
     with torch.no_grad(): m.transformer.wte.weight[3, 2] = float("nan")
     c = save(m, None, tmp_path/"a", Card("a", "scratch"))
-    with pytest.raises(Refusal, match="NaN or infinity"): c.read("transformer.wte.weight", finite=True)
+    with pytest.raises(Refusal, match="transformer.wte.weight in .*/a/model.safetensors holds NaN or infinity"): c.read("transformer.wte.weight", finite=True)
+    with pytest.raises(Refusal, match="NaN or infinity"): list(c.pieces("transformer.wte.weight", finite=True))
     with pytest.raises(Refusal, match="has no tensor x"): c.read("x")
     with pytest.raises(Refusal, match="is not a folder"): Checkpoint(tmp_path/"nowhere")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(Refusal, match="the hub does not give it"): Checkpoint("nobody-here/no-such-model")
+
+def test_pieces_are_the_tensor(tmp_path, monkeypatch):
+    import seqwarm.core.checkpoint as mod
+    monkeypatch.setattr(mod, "_PIECE", 64)
+    for dtype in torch.float32, torch.bfloat16:
+        c = save(gpt2().to(dtype), None, tmp_path/str(dtype), Card("a", "scratch"))
+        for n in c.names:
+            parts = [x.clone() for x in c.pieces(n)]
+            assert all(x.dtype == dtype and x.nbytes <= 64 for x in parts) and torch.equal(torch.cat(parts), c.read(n).flatten())
+    f = tmp_path/str(dtype)/"model.safetensors"
+    f.write_bytes(f.read_bytes()[:-1000])   # cut after it was opened
+    with pytest.raises(Refusal, match="is damaged: it ends at byte"): [list(c.pieces(n)) for n in c.names]
+
+def test_tied_tensors_are_compared_to_the_last_piece(tmp_path, monkeypatch):
+    import seqwarm.core.checkpoint as mod
+    monkeypatch.setattr(mod, "_PIECE", 64)
+    save(gpt2(), None, tmp_path/"a", Card("a", "scratch"))
+    held = load_file(tmp_path/"a"/"model.safetensors")
+    for change, own in [(lambda x: x, []), (lambda x: x.half(), ["lm_head.weight"]), (lambda x: (x[-1, -1].add_(1), x)[1], ["lm_head.weight"])]:
+        save_file(held | {"lm_head.weight": change(held["transformer.wte.weight"].clone())}, tmp_path/"a"/"model.safetensors", metadata={"format": "pt"})
+        assert Checkpoint(tmp_path/"a").untied == own
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_finite_is_isfinite(dtype):
+    "Every bit pattern of 16, and of the upper 16 of the wider ones; then one bad number anywhere in many."
+    whole = {2: torch.int16, 4: torch.int32, 8: torch.int64}[dtype.itemsize]
+    bits = torch.arange(-32768, 32768).to(whole) << 8*(dtype.itemsize - 2)
+    for low in (0, 1) if dtype.itemsize > 2 else (0,):
+        x = (bits | low).view(dtype)
+        bad = ~torch.isfinite(x)
+        assert bad.any() and finite(x[~bad])
+        for one in x[bad][:: max(1, int(bad.sum())//40)]: assert not finite(one) and not finite(torch.stack([x[~bad][0], one]))
+    many = torch.zeros(700_001, dtype=dtype)
+    for i in (0, 131_071, 131_072, 262_144, 700_000): many[i] = float("-inf"); assert not finite(many); many[i] = 0
+    assert finite(many) and finite(torch.arange(5)) and finite(torch.zeros(0, dtype=dtype)) and not finite(torch.full((3, 4), float("nan"), dtype=dtype).T)

@@ -4,11 +4,11 @@ import numpy as np, pytest, torch
 from safetensors.torch import load_file, save_file
 from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM)
-from seqwarm.core.checkpoint import Card, Checkpoint, build, save, write
+from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.plan import OPS, Plan
-from seqwarm.core.overlap import overlap, spell
-from seqwarm.core.vocab import train_tokenizer
+from seqwarm.core.vocab import overlap, spell, train_tokenizer
+from seqwarm.core.write import build, save, write
 from seqwarm.methods.clp import METHODS, clp, report
 
 # ---- the rules against plain loops in float64 -------------------------------------------------------------------------------
@@ -248,7 +248,8 @@ def test_refused_models(tmp_path):
 RUN = """
 import sys, torch
 torch.set_num_threads(1)
-from seqwarm.core.checkpoint import Checkpoint, write
+from seqwarm.core.checkpoint import Checkpoint
+from seqwarm.core.write import write
 from seqwarm.methods.clp import clp
 a, b = Checkpoint(sys.argv[1] + "/source"), Checkpoint(sys.argv[1] + "/helper")
 for m in "guarded", "random": write(clp(a, b, method=m, seed=4), {"source": a, "helper": b}, sys.argv[2] + m)

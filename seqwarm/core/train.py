@@ -21,7 +21,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
-from .checkpoint import Card, save
+from .checkpoint import Card
 from .corpus import Corpus
 from .errors import Refusal, number, unknown
 from .files import Lock, fingerprint, whole_folder, write_whole
@@ -29,6 +29,7 @@ from .layout import Layout, layout
 from .ledger import Cost, flops, units
 from .objectives import Draws, objective
 from .vocab import tokenizer_fingerprint
+from .write import save
 
 # %% ../../nbs/core/80_train.ipynb #9ac40121
 _SCHEDULES = {"constant": lambda t: 1.0, "linear": lambda t: 1.0 - t, "cosine": lambda t: 0.1 + 0.45 * (1 + math.cos(math.pi * t))}

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import Corpus, Source, documents, parse
 from ..core.errors import Refusal, number, unknown
@@ -23,10 +23,9 @@ from ..core.layout import Layout
 from ..core.ledger import Cost, crossing, saved
 from ..core.plan import Plan
 from ..core.train import Stage, Trained, train
-from ..core.vocab import load_tokenizer, train_tokenizer
+from ..core.vocab import load_tokenizer, overlap, train_tokenizer
 from ..core.write import write
-from ..methods.clp import clp
-from ..methods.embed import METHODS
+from ..methods.clp import METHODS, clp, report
 
 # %% ../../nbs/recipes/10_clp.ipynb #7620d868
 _ALL = ["random", "mean", "overlap", "fvt", "clp", "guarded", "clp+", "softmax", "procrustes", "lstsq"]
