@@ -20,7 +20,7 @@ CASES = [("BloomForCausalLM", BLOOM | t) for t in (*TIES, dict(apply_residual_co
 CASES += [("OPTForCausalLM", OPT | o | t) for t in TIES for o in OPTIONS] + [("OPTModel", OPT | o) for o in OPTIONS[:4]]
 CASES += [(k + "ForCausalLM", GEMMA | t | b) for k in ("Gemma2", "Gemma3") for t in TIES for b in ({}, dict(attention_bias=True))]
 CASES += [("Gemma2Model", GEMMA), ("Gemma3TextModel", GEMMA), ("Olmo2Model", OLMO)]
-CASES += [("Olmo2ForCausalLM", OLMO | t | b) for t in TIES for b in ({}, dict(attention_bias=True), dict(num_key_value_heads=None))]
+CASES += [("Olmo2ForCausalLM", OLMO | t | b) for t in TIES for b in ({}, dict(attention_bias=True), dict(num_key_value_heads=None), dict(head_dim=6))]
 CASES += [("MBart" + e, BART | t) for e in ("ForConditionalGeneration", "Model") for t in TIES]
 CASES += [("MT5" + e, T5 | g) for e in ("ForConditionalGeneration", "Model", "EncoderModel") for g in ({}, PLAIN, dict(tie_word_embeddings=False))]
 SHARED = BLOOM | OPT | GEMMA | OLMO | BART | T5
@@ -44,7 +44,7 @@ def test_axes_by_two_models():
             (opt, OPT, dict(max_position_embeddings=9), {"position"}), (opt, OPT, dict(ffn_dim=31), {"ffn"}),
             (gemma, GEMMA, dict(head_dim=8), {"heads", "kv_heads", "head"}), (gemma, GEMMA, dict(num_key_value_heads=1), {"kv_heads"}),
             (gemma, GEMMA, dict(hidden_size=32), {"hidden"}), (gemma, GEMMA, dict(num_attention_heads=8), {"heads"}),
-            ("Olmo2ForCausalLM", OLMO, dict(num_key_value_heads=4), {"kv_heads"}), ("Olmo2ForCausalLM", OLMO, dict(intermediate_size=9), {"ffn"}),
+            ("Olmo2ForCausalLM", OLMO, dict(num_key_value_heads=4), {"kv_heads"}), ("Olmo2ForCausalLM", OLMO | dict(head_dim=6), dict(hidden_size=32), {"hidden"}), ("Olmo2ForCausalLM", OLMO, dict(intermediate_size=9), {"ffn"}),
             (mbart, BART, dict(vocab_size=9), {"vocab"}), ("MT5EncoderModel", T5, dict(num_heads=3), {"heads", "n_heads"})]:
         old, new = make(architecture, kw).state_dict(), make(architecture, kw | change).state_dict()
         changed = {(n, i) for n in old for i, (a, b) in enumerate(zip(old[n].shape, new[n].shape)) if a != b}
