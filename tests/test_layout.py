@@ -127,7 +127,7 @@ def test_refused_configs():
             ({"model_type": "berd"}, None, "did you mean 'bert'?"), ({}, None, "no model_type"),
             ({"model_type": "t5"}, None, "no architecture"),
             ({"model_type": "bert"}, "BertForMaskdLM", "did you mean 'BertForMaskedLM'?"),
-            (hf.OPTConfig(), None, "there is no family 'opt'"),
+            (hf.CTRLConfig(), None, "there is no family 'ctrl'"),
             (hf.GPT2Config(add_cross_attention=True), "GPT2LMHeadModel", "cross-attention"),
             ({"model_type": "gpt2", "n_layer": "many"}, "GPT2LMHeadModel", "not valid")]:
         with pytest.raises(Refusal) as e: layout(config, architecture)

@@ -14,7 +14,7 @@ from functools import cache
 from typing import Any
 from .errors import Refusal, unknown
 
-# %% ../../nbs/core/05_layout.ipynb #13242c97
+# %% ../../nbs/core/05_layout.ipynb #3fa3f53f
 @dataclass(frozen=True)
 class Tensor:
     "One tensor of a model: what it is for, and what its axes mean."
@@ -22,7 +22,7 @@ class Tensor:
     role: str               # 'attn.q', 'ffn.up.bias', 'head'
     stack: str              # 'encoder', 'decoder', or '' where there is one stack only, or for what stacks share
     layer: int | None       # None outside the layers
-    axes: tuple[str, ...]   # 'heads', 'hidden'; a fused axis is 'heads+kv_heads+kv_heads'
+    axes: tuple[str, ...]   # 'heads', 'hidden'; a fused axis is 'heads+kv_heads+kv_heads', woven head by head 'heads&heads&heads'
     shape: tuple[int, ...]  # one size for each axis
     tied: str | None = None        # the tensor whose storage it shares; it is then not written
     out: int | None = None         # the axis that comes out of the multiplication; None where nothing is multiplied
@@ -60,26 +60,27 @@ def _rows(text: str) -> list[_Row]:
         if both: rows.append(replace(rows[-1], **bias))
     return rows
 
-# %% ../../nbs/core/05_layout.ipynb #ee62a988
+# %% ../../nbs/core/05_layout.ipynb #89933bb7
 @dataclass(frozen=True)
 class Family:
     "One table, and how to read it."
     name: str
-    models: dict[str, str]                      # model_type -> how the names of its classes begin
+    models: dict[str, str]                      # model_type -> how its classes begin; 'Gemma3 Gemma3Text' if the base model's differs
     prefix: str                                 # what stands before the base model's tensors in models with a head
     parts: dict[str, str]                       # class, without its beginning -> its parts; 'Model' is the base model
     read: Callable[[dict], dict[str, Any]]      # config -> sizes (int) and conditions (bool)
-    norm: str                                   # 'pre' or 'post': whether norms stand before or after what they belong to
+    norm: str | Callable[[dict], str]           # where norms stand, see below; a function of the config where models differ
     table: str
     strays: str = r"position_ids|token_type_ids"  # ends of names that are stored by old versions and mean nothing
 
-    def architectures(self, model_type: str) -> list[str]:
-        "The classes of a model type that the table explains."
-        return [self.models[model_type] + end for end in self.parts]
+    def architectures(self, model_type: str) -> dict[str, str]:
+        "The classes of a model type that the table explains, and what their names end in."
+        names = self.models[model_type].split()
+        return {names[-1 if end == "Model" else 0] + end: end for end in self.parts}
 
-# %% ../../nbs/core/05_layout.ipynb #d4de1739
+# %% ../../nbs/core/05_layout.ipynb #3bee59ea
 def _size(axis: str, stack: str, sizes: dict[str, int]) -> int:
-    return sum(sizes.get(f"{stack}.{a}", sizes.get(a)) if a != "one" else 1 for a in axis.split("+"))
+    return sum(sizes.get(f"{stack}.{a}", sizes.get(a)) if a != "one" else 1 for a in re.split(r"[+&]", axis))
 
 def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
     "Each row with each layer it stands in; None for rows outside the layers."
@@ -92,12 +93,12 @@ def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int
             yield from ((r, layer) for r in rows[i:j] if layer == 0 or "{0}" not in r.name)
         i = j
 
-# %% ../../nbs/core/05_layout.ipynb #8c5c33ca
+# %% ../../nbs/core/05_layout.ipynb #bd655418
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     facts = family.read(config)
     sizes = {k: v for k, v in facts.items() if not isinstance(v, bool)}
-    end = architecture[len(family.models[config["model_type"]]):]
+    end = family.architectures(config["model_type"])[architecture]
     true = {k for k, v in facts.items() if v is True} | set(family.parts[end].split())
     dot = "" if end == "Model" or not family.prefix else family.prefix + "."
     full = lambda name: dot + name[1:] if name.startswith(".") else name
@@ -111,7 +112,7 @@ def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, 
         tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
     return tensors, sizes
 
-# %% ../../nbs/core/05_layout.ipynb #191c4506
+# %% ../../nbs/core/05_layout.ipynb #46e332e1
 @dataclass(frozen=True)
 class Layout:
     "All tensors of one model by name, role, place and axes."
@@ -130,6 +131,10 @@ class Layout:
         "Number of layers of each stack: {'': 12}, or {'encoder': 6, 'decoder': 6}."
         stacks = dict.fromkeys(t.stack for t in self.tensors.values() if t.layer is not None)
         return {s: 1 + max(t.layer for t in self.tensors.values() if t.stack == s and t.layer is not None) for s in stacks}
+    @property
+    def norm(self) -> str:
+        "Where norms stand: 'pre', 'post', 'out' or 'both'."
+        return self.table.norm(self.config) if callable(self.table.norm) else self.table.norm
     def stored(self) -> dict[str, Tensor]:
         "The tensors that `save_pretrained` writes."
         return {n: t for n, t in self.tensors.items() if not t.tied}

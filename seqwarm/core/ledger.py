@@ -65,24 +65,30 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #1b05c30c
+# %% ../../nbs/core/70_ledger.ipynb #8ff5d192
+def _bottom(w: _Walk, stack: str) -> bool:
+    "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
+    roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
+    narrow = any(t.role.removesuffix(".bias") in roles and t.axes[-1] == "embed" and w.awake(t) for t in w.place.get((stack, None), ()))
+    return w.matrix("embed.project", stack, None, narrow) or w.trained(roles, stack)
+
 def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
-    lay, pre = w.layout, w.layout.table.norm == "pre"
+    lay, pre = w.layout, w.layout.norm != "post"
     costs = _attentions(lay, w.source, w.target)
-    x = w.trained([f"embed.{r}" for r in ("token", "position", "type", "norm")], stack)
+    x = _bottom(w, stack)
     bias = w.trained(["attn.relative"], stack, 0)
     for layer in range(lay.layers[stack]):
         for block in [b for b in ("attn", "cross") if (stack, b) in costs] + ["ffn"]:
-            norm = w.trained([f"{block}.norm"], stack, layer)
+            norm, out = (w.trained([f"{block}.{r}"], stack, layer) for r in ("norm", "norm.out"))
             h = x or (pre and norm)
             if block == "cross": y = _attention(w, block, stack, layer, h, below, costs[stack, block], False)
             elif block == "attn": y = _attention(w, block, stack, layer, h, h, costs[stack, block], bias)
             else:
                 up, gate = (w.matrix(r, stack, layer, h) for r in ("ffn.up", "ffn.gate"))
                 y = w.matrix("ffn.down", stack, layer, up or gate)
-            x = x or y or (not pre and norm)
-    return x or w.trained(["norm.final"], stack)
+            x = x or y or out or (not pre and norm)
+    return w.matrix("head.project", stack, None, x or w.trained(["norm.final"], stack))
 
 def _top(w: _Walk, stack: str, x: bool) -> None:
     "What stands on the last stack: LM head, pooler, classifiers."

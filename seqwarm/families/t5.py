@@ -33,8 +33,8 @@ def _ffn(block: str) -> str:
     {block}.DenseReluDense.wo.weight      ffn.down      hidden < ffn
     {block}.layer_norm.weight             ffn.norm      hidden"""
 
-# %% ../../nbs/families/60_t5.ipynb #6133ba68
-FAMILY = Family("t5", {"t5": "T5"}, prefix="", norm="pre", read=_read,
+# %% ../../nbs/families/60_t5.ipynb #0eece8ab
+FAMILY = Family("t5", {"t5": "T5", "mt5": "MT5"}, prefix="", norm="pre", read=_read,
     parts={"ForConditionalGeneration": "decoder head", "Model": "decoder", "EncoderModel": ""},
     strays=r"EncDecAttention\.relative_attention_bias\.weight", table=f"""
     shared.weight                                                                  embed.token       vocab hidden
