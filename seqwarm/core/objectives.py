@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Draws', 'causal', 'mlm', 'objective']
 
-# %% ../../nbs/core/60_objectives.ipynb #8138c377
+# %% ../../nbs/core/60_objectives.ipynb #71e5b816
 from collections.abc import Callable
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from .corpus import Packed
 from .errors import Refusal, unknown
+from .layout import family
 
 # %% ../../nbs/core/60_objectives.ipynb #1e7c3bd7
 _PHI = np.uint64(0x9E3779B97F4A7C15)
@@ -40,9 +41,7 @@ class Draws:
         self.streams += 1
         return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-# %% ../../nbs/core/60_objectives.ipynb #3e622248
-_SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert"}  # positions begin behind the padding index
-
+# %% ../../nbs/core/60_objectives.ipynb #6b6310e8
 def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrainedConfig, causal: bool) -> dict[str, torch.Tensor]:
     "What a model's `forward` takes, and `labels` [B, S] (-100: not asked), aligned with the logits."
     segments = torch.from_numpy(packed.segments)
@@ -50,7 +49,7 @@ def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrai
     if causal: mask = mask.tril()
     if config._attn_implementation == "eager":   # adds the mask instead of asking it
         mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    first = config.pad_token_id + 1 if config.model_type in _SHIFTED_POSITIONS else 0
+    first = family(config.model_type).first_position(config.pad_token_id)
     return dict(input_ids=torch.from_numpy(ids), attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first),
                 labels=torch.from_numpy(labels))
 

@@ -180,7 +180,7 @@ def _shift(x: Tensor, *, by: int) -> Tensor:
     "Rows moved down by `by`; the first rows, which no position uses, are repeated or cut."
     return torch.cat([x[:1].expand(by, -1), x]) if by > 0 else x[-by:]
 
-# %% ../../nbs/methods/10_clp.ipynb #b3e154b2
+# %% ../../nbs/methods/10_clp.ipynb #16f48778
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -207,7 +207,8 @@ def clp(source: Checkpoint,              # the large model of the other language
     arrays = _arrays(both, E.shape[E.axes.index("vocab")], H.shape[0], rows)
     if method == "fvt": arrays |= dict(zip(("flat", "offsets"), map(torch.tensor, _pieces(arrays, theirs, ours, E.shape[0]))))
     config = _ids(source.config, both, ours) | {"vocab_size": rows}
-    shift = (config.get("pad_token_id") or 0) - (source.config.get("pad_token_id") or 0) if source.layout.family == "roberta" else 0
+    begin = source.layout.table.first_position
+    shift = begin(config.get("pad_token_id")) - begin(source.config.get("pad_token_id"))
     if shift: config["max_position_embeddings"] += shift
     def row(n, t):
         if shift and t.role == "embed.position": return Row(n, "embed.shift", f"source:{n}", {"by": shift})
