@@ -1,11 +1,14 @@
 "Encoders after BERT: their tables against what transformers writes, files as they lie on the hub, and FLOPs as torch counts them."
 import json
+import numpy as np
 import pytest, torch, transformers as hf
 from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
+from seqwarm.core.corpus import Packed
 from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import family, layout
 from seqwarm.core.ledger import describe, flops
+from seqwarm.core.objectives import _inputs
 from test_layout import BERT, LABELS, TIES, make, shapes_of
 
 TINY = BERT | dict(bos_token_id=None, eos_token_id=None)
@@ -221,3 +224,33 @@ def test_relative_positions_cost_as_many_as_there_are():
     "With 12 relative positions the two products beside the scores cost S x 12 pairs each; the contents' own cost S x S."
     lay = layout(hf.DebertaV2Config(**DEB), "DebertaV2Model"); table = describe(lay, S).set_index("role").flops
     assert table["c2p"] == table["p2c"] == 3 * 2 * 12 * 64 and table["attn (scores, values)"] == 3 * 4 * S * 64
+
+# ---- packed texts
+
+T4 = TINY | dict(num_hidden_layers=4)
+WINDOWS = {"ModernBertForMaskedLM": MODERN | dict(num_hidden_layers=4, local_attention=4), "ElectraForMaskedLM": ELECTRA, "MPNetForMaskedLM": MPNET,
+           "MistralForCausalLM": T4 | dict(sliding_window=3, num_key_value_heads=2),
+           "Qwen2ForCausalLM": T4 | dict(use_sliding_window=True, sliding_window=3, max_window_layers=2, num_key_value_heads=2)}
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("architecture", WINDOWS)
+def test_a_packed_text_is_read_as_the_model_reads_it_alone(architecture, attention):
+    "Windows, relative positions and first positions included; and the window matters."
+    torch.manual_seed(0)
+    m = make(architecture, WINDOWS[architecture] | dict(initializer_range=0.5)).eval(); m.set_attn_implementation(attention)
+    texts, causal = [list(range(11, 21)), [5, 6, 7, 8]], "Causal" in architecture
+    row = lambda f: np.array([[x for i, t in enumerate(texts) for x in f(i, t)]])
+    packed = Packed(row(lambda i, t: t), row(lambda i, t: [i]*len(t)), row(lambda i, t: range(len(t))), np.array([0]))
+    inputs = {k: v for k, v in _inputs(packed, packed.ids, packed.ids, m.config, causal).items() if k != "labels"}
+    with torch.no_grad():
+        together, alone = m(**{k: v.to("cpu") for k, v in inputs.items()}).logits, [m(torch.tensor([t])).logits for t in texts]
+        assert torch.allclose(together[:, :10], alone[0], atol=1e-4) and torch.allclose(together[:, 10:], alone[1], atol=1e-4)
+        if hasattr(m.config, "sliding_window"):
+            m.config.sliding_window = 100
+            wide = m(**{k: v for k, v in _inputs(packed, packed.ids, packed.ids, m.config, causal).items() if k != "labels"}).logits
+            assert not torch.allclose(together, wide, atol=1e-2)
+
+def test_deberta_is_not_packed():
+    m = make("DebertaV2ForMaskedLM", V3); one = np.array([[5, 6, 7]])
+    with pytest.raises(Refusal, match="deberta-v2 model cannot keep packed documents apart"):
+        _inputs(Packed(one, one*0, one - 5, np.array([0])), one, one, m.config, False)

@@ -60,7 +60,7 @@ def _rows(text: str) -> list[_Row]:
         if both: rows.append(replace(rows[-1], **bias))
     return rows
 
-# %% ../../nbs/core/05_layout.ipynb #242c7adb
+# %% ../../nbs/core/05_layout.ipynb #c8396144
 @dataclass(frozen=True)
 class Family:
     "One table, and how to read it."
@@ -73,6 +73,7 @@ class Family:
     table: str
     strays: str = r"position_ids|token_type_ids"  # ends of names that are stored by old versions and mean nothing
     begin: int | None = 0                       # the first of the model's `position_ids`; None: the one behind the padding id
+    packs: bool = True                          # whether `forward` takes a mask [B, 1, S, S], so that documents in a row stay apart
 
     def architectures(self, model_type: str) -> list[str]:
         "The classes of a model type that the table explains."

@@ -21,8 +21,8 @@ def _sizes(c: dict) -> dict:
         relative=bool(c.get("relative_attention")), relnorm="layer_norm" in c.get("norm_rel_ebd", "none").lower().split("|"),
         pos_k=own and "c2p" in kinds, pos_q=own and "p2c" in kinds, legacy=bool(c["legacy"])) | {k: 2*side for k in sorted(kinds)}
 
-# %% ../../nbs/families/46_deberta.ipynb #c505ec7c
-FAMILY = Family("deberta", {"deberta-v2": "DebertaV2"}, prefix="deberta", norm="post", read=_sizes,
+# %% ../../nbs/families/46_deberta.ipynb #7e068e7a
+FAMILY = Family("deberta", {"deberta-v2": "DebertaV2"}, prefix="deberta", norm="post", read=_sizes, packs=False,
     parts={"ForMaskedLM": "head", "Model": "", "ForSequenceClassification": "pooled", "ForTokenClassification": "tags"},
     strays=r"position_ids|embeddings\.position_embeddings\.weight|(?:lm_|mask_|cls\.)predictions\..*", table="""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
