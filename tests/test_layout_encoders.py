@@ -9,6 +9,8 @@ from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import family, layout
 from seqwarm.core.ledger import describe, flops
 from seqwarm.core.objectives import _inputs
+from seqwarm.core.vocab import overlap
+from test_clp import de, en, go, gpt2
 from test_layout import BERT, LABELS, TIES, make, shapes_of
 
 TINY = BERT | dict(bos_token_id=None, eos_token_id=None)
@@ -254,3 +256,21 @@ def test_deberta_is_not_packed():
     m = make("DebertaV2ForMaskedLM", V3); one = np.array([[5, 6, 7]])
     with pytest.raises(Refusal, match="deberta-v2 model cannot keep packed documents apart"):
         _inputs(Packed(one, one*0, one - 5, np.array([0])), one, one, m.config, False)
+
+# ---- transferred
+
+@pytest.mark.parametrize("architecture,kw", [("ElectraForMaskedLM", ELECTRA), ("MPNetForMaskedLM", MPNET),
+    ("DebertaV2ForMaskedLM", V3), ("DebertaV2ForMaskedLM", V3 | dict(legacy=False)), ("ModernBertForMaskedLM", MODERN | dict(local_attention=4))])
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_new_vocabulary_leaves_shared_tokens_what_they_were(architecture, kw, tied, tmp_path):
+    "On a text of shared tokens the transferred model says what the source says, although the padding id has moved."
+    torch.manual_seed(0)
+    size = dict(vocab_size=len(en), max_position_embeddings=40, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=2, pad_token_id=1)
+    big = make(architecture, kw | size).eval()
+    _, _, out = go(tmp_path, big, gpt2(de, 8), "overlap")
+    model, both = hf.AutoModelForMaskedLM.from_pretrained(tmp_path/"out").eval(), overlap(en, de)
+    t, s = torch.tensor([both.shared_target[20:40]]), torch.tensor([both.shared_source[20:40]])
+    with torch.no_grad(): new, old = (m(input_ids=i).logits for m, i in ((model, t), (big, s)))
+    assert type(model) is type(big) and new.shape[-1] == len(de) and model.config.pad_token_id == 2
+    assert torch.allclose(new[0][:, both.shared_target], old[0][:, both.shared_source], atol=1e-5)
+    assert bool(out.layout.find("head") and out.layout.one("head").tied) == (tied and kw.get("legacy", True))
