@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['OBJECTIVES', 'Draws', 'causal', 'mlm', 'objective']
 
-# %% ../../nbs/core/60_objectives.ipynb #8138c377
+# %% ../../nbs/core/60_objectives.ipynb #71e5b816
 from collections.abc import Callable
 import numpy as np
 import torch
 from transformers import PreTrainedConfig, PreTrainedTokenizerFast
 from .corpus import Packed
 from .errors import Refusal, unknown
+from .layout import family
 
 # %% ../../nbs/core/60_objectives.ipynb #1e7c3bd7
 _PHI = np.uint64(0x9E3779B97F4A7C15)
@@ -40,17 +41,32 @@ class Draws:
         self.streams += 1
         return (h >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
-# %% ../../nbs/core/60_objectives.ipynb #3e622248
-_SHIFTED_POSITIONS = {"roberta", "xlm-roberta", "camembert"}  # positions begin behind the padding index
+# %% ../../nbs/core/60_objectives.ipynb #01224f66
+class _Masks(dict):
+    "A mask for each kind of layer, which goes to a device as one tensor does."
+    def to(self, *args, **options) -> "_Masks": return _Masks({k: v.to(*args, **options) for k, v in self.items()})
 
+def _masks(mask: torch.Tensor, config: PreTrainedConfig, causal: bool) -> torch.Tensor | _Masks:
+    "The mask [B, 1, S, S] as the model's attention wants it, windows put in."
+    def given(m):
+        if config._attn_implementation != "eager": return m
+        return torch.zeros(m.shape).masked_fill_(~m, torch.finfo(torch.float32).min)   # adds the mask instead of asking it
+    at, window = torch.arange(mask.shape[-1]), getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]              # where layers are of one kind, all have the window
+    if not window or len(at) <= window or "sliding_attention" not in kinds: return given(mask)
+    near = mask & ((at[:, None] - at).abs() < window + (not causal))                   # a causal window counts the token itself
+    both = {"full_attention": given(mask), "sliding_attention": given(near)}
+    return _Masks({k: both[k] for k in set(kinds)}) if getattr(config, "layer_types", None) else both["sliding_attention"]
+
+# %% ../../nbs/core/60_objectives.ipynb #b45571f2
 def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrainedConfig, causal: bool) -> dict[str, torch.Tensor]:
     "What a model's `forward` takes, and `labels` [B, S] (-100: not asked), aligned with the logits."
+    table = family(config.model_type)
+    if not table.packs: raise Refusal(f"a {config.model_type} model cannot keep packed documents apart", "train it with one text a row")
     segments = torch.from_numpy(packed.segments)
     mask = segments[:, None, :, None] == segments[:, None, None, :]
     if causal: mask = mask.tril()
-    if config._attn_implementation == "eager":   # adds the mask instead of asking it
-        mask = torch.zeros(mask.shape).masked_fill_(~mask, torch.finfo(torch.float32).min)
-    first = config.pad_token_id + 1 if config.model_type in _SHIFTED_POSITIONS else 0
+    mask, first = _masks(mask, config, causal), table.first_position(config.pad_token_id)
     return dict(input_ids=torch.from_numpy(ids), attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first),
                 labels=torch.from_numpy(labels))
 

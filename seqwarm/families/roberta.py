@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/40_roberta.ipynb #cb7cb281
+# %% ../../nbs/families/40_roberta.ipynb #48c0a9d0
 from ..core.layout import Family
 from .bert import _read   # sizes stand in the config as BERT's do
 
-# %% ../../nbs/families/40_roberta.ipynb #7a989040
-FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post", read=_read,
+# %% ../../nbs/families/40_roberta.ipynb #8f698977
+FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post",
+    read=_read, begin=None,
     parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
            "ForTokenClassification": "tags"}, table="""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
