@@ -81,6 +81,12 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
 # %% ../../nbs/core/70_ledger.ipynb #3f58159d
+def _bottom(w: _Walk, stack: str) -> bool:
+    "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
+    roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
+    narrow = any(t.role.removesuffix(".bias") in roles and t.axes[-1] == "embed" and w.awake(t) for t in w.place.get((stack, None), ()))
+    return w.matrix("embed.project", stack, None, narrow) or w.trained(roles, stack)
+
 def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
     lay, pre = w.layout, w.layout.norm != "post"

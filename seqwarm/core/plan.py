@@ -82,7 +82,7 @@ class Row:
         lacking = [n for n, p in options.items() if p.default is p.empty and n not in given and n not in _GIVEN]
         return f"{self.op} needs the argument {lacking[0]}" if lacking else ""
 
-# %% ../../nbs/core/10_plan.ipynb #51889d63
+# %% ../../nbs/core/10_plan.ipynb #11ff1654
 @dataclass
 class Plan:
     "All rows of a warm start, and what the new checkpoint is apart from its tensors."
@@ -108,7 +108,10 @@ class Plan:
     def fingerprint(self) -> str:
         "Of all that determines the new checkpoint."
         arrays = {k: fingerprint(v.contiguous().numpy().tobytes()) for k, v in self.arrays.items()}
-        return fingerprint([{k: v for k, v in self.__dict__.items() if k not in ("arrays", "rows", "layout")}, list(map(asdict, self.rows)), arrays])
+        return fingerprint([self._plain(), list(map(asdict, self.rows)), arrays])
+    def _plain(self) -> dict[str, Any]:
+        "The fields that are JSON as they are."
+        return {k: v for k, v in self.__dict__.items() if k not in ("arrays", "rows", "layout")}
     def row(self, target: str) -> Row:
         "Where a tensor comes from."
         for r in self.rows:
@@ -191,11 +194,10 @@ def _one(self: Plan, r: Row, sources: Mapping[str, Any]) -> torch.Tensor:
 
 Plan.apply, Plan.make = _apply, lambda self, target, sources: _one(self, self.row(target), sources)
 
-# %% ../../nbs/core/10_plan.ipynb #ee7892c1
+# %% ../../nbs/core/10_plan.ipynb #0706f27c
 def _save(self: Plan, folder: str | Path) -> None:
     "Write plan.json, and plan.safetensors if there are arrays."
-    plain = {k: v for k, v in self.__dict__.items() if k not in ("arrays", "rows", "layout")}
-    write_whole(Path(folder)/"plan.json", plain | {"rows": [asdict(r) for r in self.rows]})
+    write_whole(Path(folder)/"plan.json", self._plain() | {"rows": [asdict(r) for r in self.rows]})
     if self.arrays: save_file({k: v.contiguous() for k, v in self.arrays.items()}, Path(folder)/"plan.safetensors")
 
 def _load(folder: str | Path) -> Plan:

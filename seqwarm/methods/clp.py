@@ -62,7 +62,48 @@ def _shift(x: Tensor, *, by: int) -> Tensor:
     "Rows moved down by `by`; the first rows, which no position uses, are repeated or cut."
     return torch.cat([x[:1].expand(by, -1), x]) if by > 0 else x[-by:]
 
-# %% ../../nbs/methods/10_clp.ipynb #16f48778
+# %% ../../nbs/methods/10_clp.ipynb #6a33cd19
+_LEAST = {"top_k": (1, int), "temperature": (1e-6, float), "ridge": (0, float)}  # of options: smallest, kind
+
+def _options(method: str, given: dict[str, Any]) -> dict[str, Any]:
+    "The options of a method with those that were given."
+    if method not in METHODS: raise unknown("method of transfer", method, METHODS)
+    known = METHODS[method].options
+    for name, value in given.items():
+        if name not in known: raise unknown(f"option of {method}", name, known or {"(none)"})
+        if not (name == "top_k" and value is None): number(name, value, *_LEAST[name])
+    return known | given
+
+def _checked(both: Overlap, ours: Any, helper_rows: int) -> None:
+    "Refuse a helper whose tokenizer is not its own, and a transfer that has nothing to do."
+    allowed = {b for _, b in both.roles.values()} | set(getattr(ours, "added_tokens_decoder", ()))
+    beyond = [t for t in both.missing + both.shared_target if t >= helper_rows and t not in allowed]
+    if beyond: raise Refusal(f"the helper's tokenizer has the token {ours.convert_ids_to_tokens(min(beyond))!r} (id {min(beyond)}) "
+                             f"and its model only {helper_rows} rows", "do tokenizer and model belong together?")
+    if not both.missing: raise Refusal("the source knows every token of the helper already", "go on training it with its own tokenizer")
+
+# %% ../../nbs/methods/10_clp.ipynb #6e2b63ec
+def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words: dict[str, Any], options: dict) -> dict[str, Tensor]:
+    "flat, offsets (and weights) of the missing tokens, for the methods whose weights are told beforehand."
+    missing = torch.nonzero(arrays["origin"] == -1)[:, 0]
+    if method == "wechsel":
+        lacking = [k for k, v in words.items() if not v]
+        if lacking: raise Refusal(f"wechsel needs {lacking[0]}", "give word vectors of both languages and a dictionary (see its help)")
+        return wechsel((theirs, ours), words["vectors"], words["dictionary"], rows, missing, **options)
+    flat, offsets = spell(theirs, ours, missing.tolist())
+    kept = torch.tensor([p < rows for p in flat], dtype=torch.bool)
+    before = torch.cat([torch.zeros(1, dtype=torch.long), kept.long().cumsum(0)])
+    return {"flat": torch.tensor(flat, dtype=torch.long)[kept], "offsets": before[torch.tensor(offsets)]}
+
+def _shifted(source: Checkpoint, config: dict) -> int:
+    "By how many rows positions move, where they begin behind the padding id."
+    if source.layout.table.begin is not None: return 0
+    if config.get("pad_token_id") is None:
+        raise Refusal(f"{source.architecture} counts positions from the padding id, and the helper's tokenizer has no padding token",
+                      "add one to the helper's tokenizer")
+    return config["pad_token_id"] - source.config["pad_token_id"]
+
+# %% ../../nbs/methods/10_clp.ipynb #3f837ae8
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -82,12 +123,12 @@ def clp(source: Checkpoint,              # the large model of the other language
     both, E, H = overlap(theirs, ours, match), source.layout.one("embed.token"), helper.layout.one("embed.token")
     _checked(both, ours, H.shape[0])
     rows = -(-both.size//pad_to)*pad_to
-    arrays = _arrays(both, E.shape[E.axes.index("vocab")], H.shape[0], rows)
-    if method == "fvt": arrays |= dict(zip(("flat", "offsets"), map(torch.tensor, _pieces(arrays, theirs, ours, E.shape[0]))))
-    config = _ids(source.config, both, ours) | {"vocab_size": rows}
-    begin = source.layout.table.first_position
-    shift = begin(config.get("pad_token_id")) - begin(source.config.get("pad_token_id"))
-    if shift: config["max_position_embeddings"] += shift
+    arrays = _arrays(both, _unlearned(source, E.name), _unlearned(helper, H.name), rows)
+    if rule.op == "embed.mix":
+        arrays |= _mixture(method, arrays, theirs, ours, E.shape[0], dict(vectors=vectors, dictionary=dictionary), options)
+    config = _ids(source.config, both, theirs) | {"vocab_size": rows}
+    if shift := _shifted(source, config): config["max_position_embeddings"] += shift
+    args = rule.args | (options if rule.op != "embed.mix" else {}) | ({"norm": True} if norm else {})
     def row(n, t):
         if shift and t.role == "embed.position": return Row(n, "embed.shift", f"source:{n}", {"by": shift})
         if "vocab" not in t.axes: return Row(n, "copy", f"source:{n}")

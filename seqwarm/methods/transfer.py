@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report', 'told', 'transfer']
 
-# %% ../../nbs/methods/12_transfer.ipynb #059dab35
+# %% ../../nbs/methods/12_transfer.ipynb #f92effd4
 from collections import Counter
 from collections.abc import Mapping
 from itertools import islice
@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from ..core.checkpoint import Card, Checkpoint
+from ..core.checkpoint import Checkpoint
 from ..core.corpus import documents, parse
-from ..core.files import absent
+from ..core.errors import Refusal
 from ..core.figures import norm_histogram, page, share_bars
 from ..core.plan import Plan
 from ..core.vocab import load_tokenizer
@@ -24,7 +24,7 @@ from ..core.write import write
 from .clp import clp
 from .embed import _CHUNK, _helper, _normaliser, weights
 
-# %% ../../nbs/methods/12_transfer.ipynb #7b17aaf2
+# %% ../../nbs/methods/12_transfer.ipynb #ca4e8577
 def _kinds(plan: Plan) -> pd.Series:
     "For each row of the new table: shared, special, new or padding."
     origin, anchors = plan.arrays["origin"], plan.arrays["anchors"]
@@ -50,7 +50,8 @@ def _weight_facts(plan: Plan, row: Any, H: torch.Tensor, E: torch.Tensor, new: t
     w = weights(row.op, H, E, plan.arrays, some, row.args)
     if w is None: return {}
     size = w.abs().sum(1).clamp_min(1e-300)
-    return dict(negative=float((w.clamp_max(0).abs().sum(1)/size).median()), effective_anchors=float((size.square()/w.square().sum(1)).median()))
+    return dict(negative=float((w.clamp_max(0).abs().sum(1)/size).median()),
+                effective_anchors=float((size.square()/w.square().sum(1)).median()))
 
 # %% ../../nbs/methods/12_transfer.ipynb #e10359d3
 def _row_facts(table: torch.Tensor, kind: pd.Series, axis: int) -> tuple[dict[str, Any], np.ndarray]:
@@ -92,28 +93,37 @@ def _changed_ids(old: Mapping | None, new: Mapping | None) -> dict[str, list]:
     pairs = {k: [old.get(k), new.get(k)] for k in (old or {}) if k.endswith(("_token_id", "_tokens", "_words_ids", "_decoder_ids"))}
     return {k: v for k, v in pairs.items() if v[0] is not None and v[0] != v[1]}
 
-# %% ../../nbs/methods/12_transfer.ipynb #3a1ff6fd
+# %% ../../nbs/methods/12_transfer.ipynb #f570ffce
 def _warnings(f: dict[str, Any]) -> list[str]:
     "What somebody should know before spending a GPU on this start."
     t, r, w = f["tokens"], f["rows"], f["weights"]
     n = t["new"]
+    canonical = ": try --match canonical" if f["match"] == "exact" else ""
     said = [
-        (f["guarded"] > 0.05*n, f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
-        (f["method"] == "clp" and f["guarded"] > 0, "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
+        (f["guarded"] > 0.05*n,
+         f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
+        (f["method"] == "clp" and f["guarded"] > 0,
+         "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
         (t["zero_helper"] > 0, f"{t['zero_helper']:,} new tokens have a helper row of zeros, or none, and got the mean row"),
         (f["unlearned"] > 0, f"{f['unlearned']:,} shared tokens have a source row of zeros, or none, and count as new"),
-        (f["share"] < 0.1, f"only {f['share']:.1%} of the vocabulary is shared" + (": try --match canonical" if f["match"] == "exact" else "")),
-        (t["shared"] < f["helper_width"], f"{t['shared']:,} anchors are fewer than the helper is wide ({f['helper_width']}): rules are told from too little"),
-        (not 0.5 < r["norm_ratio"] < 2, f"new rows are {r['norm_ratio']:.2g} times as long as copied ones: --norm-correct makes them equal"),
-        (r["spread_ratio"] < 0.2, f"new rows lie close together ({r['spread_ratio']:.2g} of the copied rows' spread): all new tokens begin nearly alike"),
-        (w.get("negative", 0) > 0.4, f"{w.get('negative', 0):.0%} of the weight is negative: rows are differences of anchors more than mixtures"),
-        (w.get("without_pieces", 0) > 0.05*n, f"{w.get('without_pieces', 0):,} new tokens cannot be spelt by the source, and got the mean row"),
-        (f["wraps"][0] != f["wraps"][1], f"the source's tokenizer adds {f['wraps'][0]} special tokens to a text and the helper's {f['wraps'][1]}: "
-                                         "the body expects what it was trained with")]
+        (f["share"] < 0.1, f"only {f['share']:.1%} of the vocabulary is shared{canonical}"),
+        (t["shared"] < f["helper_width"],
+         f"{t['shared']:,} anchors are fewer than the helper is wide ({f['helper_width']}): rules are told from too little"),
+        (not 0.5 < r["norm_ratio"] < 2,
+         f"new rows are {r['norm_ratio']:.2g} times as long as copied ones: --norm-correct makes them equal"),
+        (r["spread_ratio"] < 0.2,
+         f"new rows lie close together ({r['spread_ratio']:.2g} of the copied rows' spread): new tokens begin nearly alike"),
+        (w.get("negative", 0) > 0.4,
+         f"{w.get('negative', 0):.0%} of the weight is negative: rows are differences of anchors more than mixtures"),
+        (w.get("without_pieces", 0) > 0.05*n,
+         f"{w.get('without_pieces', 0):,} new tokens cannot be spelt by the source, and got the mean row"),
+        (f["wraps"][0] != f["wraps"][1],
+         f"the source's tokenizer adds {f['wraps'][0]} special tokens to a text and the helper's {f['wraps'][1]}: "
+         "the body expects what it was trained with")]
     lost = [k for k, (_, new) in f["ids"].items() if new is None and k != "sep_token_id"]
     return [text for told, text in said if told] + [f"{k} has no counterpart in the new tokenizer and is empty" for k in lost]
 
-# %% ../../nbs/methods/12_transfer.ipynb #5158d3c3
+# %% ../../nbs/methods/12_transfer.ipynb #8e2bfc55
 def report(plan: Plan,                           # from `clp`
            sources: Mapping[str, Checkpoint],    # "source" and "helper"
            corpus: str | None = None,            # a corpus string in the target's language: whose tokens are how far shared
@@ -137,26 +147,31 @@ def report(plan: Plan,                           # from `clp`
     facts = dict(
         source=source.origin, helper=helper.origin, architecture=plan.architecture, **plan.notes,
         tokens={"rows": len(kind), **{k: n.get(k, 0) for k in ("shared", "special", "new", "padding")}, "zero_helper": zero},
-        share=n.get("shared", 0)/max(1, len(kind) - n.get("padding", 0)), text=_text_share(corpus, ours, kind) | {"corpus": corpus} if corpus else None,
-        row_sums=dict(smallest=float(z.min()), smallest_abs=float(np.abs(z).min()), negative=int((z < 0).sum())), guarded=int(held.sum()),
+        share=n.get("shared", 0)/max(1, len(kind) - n.get("padding", 0)),
+        text=_text_share(corpus, ours, kind) | {"corpus": corpus} if corpus else None, guarded=int(held.sum()),
+        row_sums=dict(smallest=float(z.min()), smallest_abs=float(np.abs(z).min()), negative=int((z < 0).sum())),
         weights=_weight_facts(plan, row, H, E, new), rows=rows, helper_width=H.shape[1],
         wraps=[len(tok("a").input_ids) - len(tok("a", add_special_tokens=False).input_ids) for tok in (theirs, ours)],
         ids=_changed_ids(source.config, plan.config) | _changed_ids(source.generation, plan.generation),
-        sample=[dict(token=ours.convert_ids_to_tokens(i), nearest=[theirs.convert_ids_to_tokens(j) for j in js]) for i, js in zip(some, near)])
+        sample=[dict(token=ours.convert_ids_to_tokens(i), nearest=[theirs.convert_ids_to_tokens(j) or str(j) for j in js])
+                for i, js in zip(some, near)])
     return facts | {"warnings": _warnings(facts)}, lines
 
-# %% ../../nbs/methods/12_transfer.ipynb #9c580f1c
+# %% ../../nbs/methods/12_transfer.ipynb #39c5700a
 def told(plan: Plan, facts: dict[str, Any]) -> list[str]:
     "Plan and report in about twenty lines."
     t, r, w, share = facts["tokens"], facts["rows"], facts["weights"], facts["text"]
     ops = plan.summary()["operations"]
-    made = [f"  {r.target} ({plan.layout.tensors[r.target].role}): {r.op} of {', '.join(r.sources)}" for r in plan.rows if r.op != "copy"]
+    made = [f"  {r.target} ({plan.layout.tensors[r.target].role}): {r.op} of {', '.join(r.sources)}"
+            for r in plan.rows if r.op != "copy"]
     effective = f", shared among {w['effective_anchors']:,.1f} anchors (effectively)" if "effective_anchors" in w else ""
-    lines = [f"{facts['architecture']} from {facts['source']}, words from {facts['helper']}; method {facts['method']}, match {facts['match']}",
+    lines = [f"{facts['architecture']} from {facts['source']}, words from {facts['helper']}; "
+             f"method {facts['method']}, match {facts['match']}",
              f"plan: {ops.get('copy', {}).get('tensors', 0)} tensors are copied; made anew:", *made,
-             f"tokens: {t['rows']:,} rows: {t['shared']:,} shared ({facts['respelt']:,} only by their canonical form), {t['special']:,} special by role, "
-             f"{t['new']:,} new, {t['padding']:,} padding",
-             f"shared: {facts['share']:.1%} of the vocabulary" + (f", {share['shared']:.1%} of the tokens of {share['corpus']}" if share else ""),
+             f"tokens: {t['rows']:,} rows: {t['shared']:,} shared ({facts['respelt']:,} only by their canonical form), "
+             f"{t['special']:,} special by role, {t['new']:,} new, {t['padding']:,} padding",
+             f"shared: {facts['share']:.1%} of the vocabulary"
+             + (f", {share['shared']:.1%} of the tokens of {share['corpus']}" if share else ""),
              f"new rows: norm {r['norm_new']:.3g} ({r['norm_ratio']:.2f} of copied rows), spread {r['spread_ratio']:.2f} of theirs, "
              f"rank {r['rank']} of {r['width']}",
              f"weights: {w['negative']:.0%} negative{effective}" if "negative" in w else "weights: none (not a weighted sum of anchors)",
@@ -169,7 +184,8 @@ def _page(plan: Plan, facts: dict[str, Any], lines: pd.DataFrame) -> str:
     "The report as one page of HTML."
     norms = {k: lines.norm[lines.kind == k].to_numpy() for k in ("shared", "new") if (lines.kind == k).any()}
     parts = {"vocabulary": {k: facts["tokens"][k] for k in ("shared", "special", "new", "padding")}}
-    figures = [(share_bars(parts, "What the new vocabulary is made of", "tokens"), "Shared tokens keep the source's rows; new ones get theirs by the method."),
+    figures = [(share_bars(parts, "What the new vocabulary is made of", "tokens"),
+                "Shared tokens keep the source's rows; new ones get theirs by the method."),
                (norm_histogram(norms, "How long the rows are"), "New rows should be about as long as copied ones.")]
     if text := facts["text"]:
         by = {"tokens of the text": {k: 100*text[k] for k in ("shared", "special", "new")}}
@@ -178,7 +194,7 @@ def _page(plan: Plan, facts: dict[str, Any], lines: pd.DataFrame) -> str:
     return page(f"{facts['helper']} in the body of {facts['source']}", [told(plan, facts), *figures,
                 "New tokens, and the source tokens whose rows are nearest to theirs:", sample])
 
-# %% ../../nbs/methods/12_transfer.ipynb #5470efac
+# %% ../../nbs/methods/12_transfer.ipynb #0782d2c2
 def transfer(source: str | Path,       # the large model: a folder, or a name on the hub
              helper: str | Path,       # the small model of the new language
              out: str | Path,          # the new folder
@@ -186,11 +202,10 @@ def transfer(source: str | Path,       # the large model: a folder, or a name on
              **how: Any,               # method, match, norm, seed, pad_to, vectors, dictionary and a method's options, as in `clp`
              ) -> Checkpoint:          # what was written, with report.json and report.html beside it
     "CLP-Transfer from two checkpoints to a third (Ostendorff & Rehm 2023)."
-    absent(out)
+    if Path(out).exists(): raise Refusal(f"{out} exists", "choose another place or remove it")
     sources = {"source": Checkpoint(source), "helper": Checkpoint(helper)}
     tokenizers = tuple(load_tokenizer(c.path) for c in sources.values())
     plan = clp(**sources, tokenizers=tokenizers, **how)
     facts, lines = report(plan, sources, corpus, tokenizers)
-    card = Card.child(Path(out).name, "clp", [c.card for c in sources.values()], plan=plan.summary())
     tokenizers[1].model_max_length = tokenizers[0].model_max_length
-    return write(plan, sources, out, tokenizers[1], card, extra={"report.json": facts, "report.html": _page(plan, facts, lines)})
+    return write(plan, sources, out, tokenizers[1], extra={"report.json": facts, "report.html": _page(plan, facts, lines)})

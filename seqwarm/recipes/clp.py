@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import Corpus, Source, documents, parse
 from ..core.errors import Refusal, number, unknown
@@ -23,11 +23,12 @@ from ..core.layout import Layout
 from ..core.ledger import Cost, crossing, saved
 from ..core.plan import Plan
 from ..core.train import Stage, Trained, train
-from ..core.vocab import load_tokenizer, overlap, train_tokenizer
+from ..core.vocab import load_tokenizer, train_tokenizer
 from ..core.write import write
-from ..methods.clp import METHODS, clp, report
+from ..methods.clp import clp
+from ..methods.embed import METHODS
 
-# %% ../../nbs/recipes/10_clp.ipynb #7620d868
+# %% ../../nbs/recipes/10_clp.ipynb #d3656735
 _ALL = ["random", "mean", "overlap", "fvt", "clp", "guarded", "clp+", "softmax", "procrustes", "lstsq"]
 _SIZES = {  # width and layers are those of source and target
     "smoke": dict(words=30_000, vocab=600, length=32, batch=8, width=32, layers=2, helper_width=16, helper_layers=1, sequences=16,
@@ -54,7 +55,8 @@ def _check(p: SimpleNamespace) -> None:
         if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
     for arm in p.arms:
         if arm not in METHODS: raise unknown("method", arm, METHODS)
-    if "wechsel" in p.arms: raise Refusal("parameter arms names wechsel, which needs word vectors", "try it by `seqwarm clp`, or leave it out")
+    if "wechsel" in p.arms:
+        raise Refusal("parameter arms names wechsel, which needs word vectors", "try it by `seqwarm clp`, or leave it out")
     for key in ("source_steps", "helper_steps", "batch", "words", "width", "layers", "helper_width", "helper_layers", "heads"):
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 2); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
@@ -66,7 +68,8 @@ def _check(p: SimpleNamespace) -> None:
         if (n := getattr(p, key)) % p.heads:
             raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the {p.heads} attention heads")
     number("parameter wake", p.wake)
-    if p.wake >= min(p.horizons): raise Refusal(f"parameter wake cannot be {p.wake}", f"give fewer than the {min(p.horizons)} steps of a horizon")
+    if p.wake >= min(p.horizons):
+        raise Refusal(f"parameter wake cannot be {p.wake}", f"give fewer than the {min(p.horizons)} steps of a horizon")
     if p.match not in ("exact", "canonical"): raise unknown("way of matching", p.match, ["exact", "canonical"])
     if p.source_text == p.target_text: raise Refusal(f"source and target are both {p.source_text}", "name two languages")
 
@@ -94,7 +97,7 @@ class Language:
         self.train = Corpus(text, self.tokenizer, p.length)
         self.valid = Corpus(valid or text, self.tokenizer, p.length, "all" if valid else "valid")
 
-# %% ../../nbs/recipes/10_clp.ipynb #4b650354
+# %% ../../nbs/recipes/10_clp.ipynb #71b1db0a
 def given(p: SimpleNamespace) -> dict[str, Checkpoint]:
     "Source and helper, as far as they are named by the parameters."
     models = {name: Checkpoint(where) for name in ("source", "helper") if (where := getattr(p, name))}
@@ -110,7 +113,8 @@ def _pretrain(p: SimpleNamespace, store: Path, lang: Language, model: PreTrained
     return train(model, lang.tokenizer, lang.train, lang.valid, stages, store, name, "clp", parents, batch=p.batch, seed=seed,
                  save_every=max(100, sum(s.steps for s in stages) // 4), sequences=min(p.sequences, len(lang.valid)))
 
-def existing(p: SimpleNamespace, store: Path, a: Language | None, b: Language, seed: int, models: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
+def existing(p: SimpleNamespace, store: Path, a: Language | None, b: Language, seed: int,
+             models: dict[str, Checkpoint]) -> dict[str, Checkpoint]:
     "Source (language a, the target's size) and helper (language b, small): those that are given, the others trained."
     sizes = dict(source=(a, p.width, p.layers, p.source_steps), helper=(b, p.helper_width, p.helper_layers, p.helper_steps))
     def made(name, lang, width, layers, steps):
@@ -129,11 +133,13 @@ def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
             write(plan, sources, out, load_tokenizer(sources["helper"].path), card)
     return Checkpoint(out)
 
-# %% ../../nbs/recipes/10_clp.ipynb #a6662a8f
+# %% ../../nbs/recipes/10_clp.ipynb #ae0ad360
 def _scratch(p: SimpleNamespace, store: Path, b: Language, stage: Stage, seed: int, like: Plan) -> Trained:
     "The reference: the target's size, random weights."
     torch.manual_seed(seed)
-    if p.source: model = AutoModelForCausalLM.from_config(CONFIG_MAPPING[like.config["model_type"]].from_dict(like.config), dtype=torch.float32)
+    if p.source:
+        config = CONFIG_MAPPING[like.config["model_type"]].from_dict(like.config)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     else: model = _language_model(p, b.tokenizer, p.width, p.layers, seed)
     return _pretrain(p, store, b, model, f"scratch {seed} (lr {stage.lr:g})", [stage], seed)
 
@@ -197,7 +203,7 @@ def claims_of(table: pd.DataFrame) -> dict[str, Any]:
     beyond = best.saved - body.iloc[0] if len(body) else None
     return {"clp-steps": best.saved, "clp-embeddings": beyond, "arm": best.arm, "horizon": best.horizon}
 
-# %% ../../nbs/recipes/10_clp.ipynb #e4220d3d
+# %% ../../nbs/recipes/10_clp.ipynb #97b7f0b4
 def _told(table: pd.DataFrame, p: SimpleNamespace, lay: Layout, floor: float | None) -> list[str]:
     "The result in about ten lines."
     percent = lambda x: "never" if pd.isna(x) else f"{100 * x:.0f} %"
@@ -205,8 +211,8 @@ def _told(table: pd.DataFrame, p: SimpleNamespace, lay: Layout, floor: float | N
     best = claims["clp-steps"]
     here = "no arm caught up with scratch" if best is None else f"{percent(best)} (`{claims['arm']}`, {claims['horizon']} steps)"
     lines = [f"from {p.source or p.source_text} to {p.target_text}" + (f", words from {p.helper}" if p.helper else ""),
-             f"{lay.architecture} of {sum(lay.layers.values())} layers x {lay.sizes['hidden']}, {p.horizons[-1]} steps of {p.batch * p.length} tokens, "
-             f"{len(p.seeds)} seed(s)",
+             f"{lay.architecture} of {sum(lay.layers.values())} layers x {lay.sizes['hidden']}, "
+             f"{p.horizons[-1]} steps of {p.batch * p.length} tokens, {len(p.seeds)} seed(s)",
              f"from scratch: {last.last_loss['scratch']:.3f} nats a token in the end" + (f"; the floor is {floor:.3f}" if floor else ""),
              "warm start    first loss   last loss   steps saved   FLOPs saved, helper paid for"]
     lines += [f"{arm:12s}  {r.first_loss:10.3f}  {r.last_loss:10.3f}  {percent(r.saved):>12s}  {percent(r.saved_with_helper):>12s}"
