@@ -178,3 +178,27 @@ def test_frozen_flops_as_torch_counts(architecture, kw):
         if name == "values" and architecture.startswith("Bloom"): continue      # which has them in one matrix with queries and keys
         lay, t, counted = measured(architecture, kw, frozen, True)
         assert flops(lay, S, t, frozen=frozen) == pytest.approx(counted, rel=1e-6), name
+
+@pytest.mark.parametrize("architecture,kw", [
+    ("OPTForCausalLM", OPT | NARROW), ("OPTForCausalLM", OPT | BEHIND), ("Gemma2ForCausalLM", GEMMA | dict(sliding_window=4)),
+    ("Gemma3ForCausalLM", GEMMA | dict(sliding_window=4, num_hidden_layers=6)), ("Olmo2ForCausalLM", OLMO)], ids=lambda v: v if isinstance(v, str) else "")
+def test_packed_documents_are_read_as_if_alone(architecture, kw):
+    from test_objectives import Tok, documents
+    from seqwarm.core.objectives import Draws, causal
+    m = make(architecture, kw | dict(vocab_size=60)).eval(); m.set_attn_implementation("eager")
+    docs, packed = documents(5, 12, 3)
+    batch = causal(packed, Draws(0, 0, packed.samples), m.config, Tok()); batch.pop("labels"); begin = 0
+    with torch.no_grad():
+        together = m(**batch).logits[0]
+        for d in docs:
+            alone = m(input_ids=torch.from_numpy(d)[None]).logits[0]
+            assert torch.allclose(together[begin:begin + len(d)], alone, atol=2e-5)
+            begin += len(d)
+
+def test_bloom_is_not_packed():
+    "Its slopes are computed from a mask with one number a token."
+    from test_objectives import Tok, documents
+    from seqwarm.core.objectives import Draws, causal
+    _, packed = documents(5, 12)
+    with pytest.raises(Refusal, match="bloom model cannot keep packed documents apart"):
+        causal(packed, Draws(0, 0, packed.samples), hf.BloomConfig(**BLOOM), Tok())

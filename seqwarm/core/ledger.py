@@ -13,7 +13,7 @@ from typing import Any
 from .errors import Refusal, unknown
 from .layout import Layout, Tensor
 
-# %% ../../nbs/core/70_ledger.ipynb #18040cf8
+# %% ../../nbs/core/70_ledger.ipynb #1fde4e2a
 def _tokens(t: Tensor, source: int, target: int | None) -> int:
     "On how many positions of a sequence a matrix works."
     if t.role.startswith("pooler"): return 1
@@ -25,6 +25,14 @@ def _attentions(layout: Layout, source: int, target: int | None) -> dict[tuple[s
     pairs = {("", "attn"): source**2, ("encoder", "attn"): source**2}
     if target: pairs |= {("decoder", "attn"): target**2, ("decoder", "cross"): source*target}
     return {(s, a): 2 * n * layout.size("heads", s) for (s, a), n in pairs.items() if s in layout.layers}
+
+def _beside(layout: Layout, source: int) -> dict[str, int]:
+    "FLOPs of the scores beside the contents' own, in one layer and one sequence: with relative positions that have vectors."
+    return {k: 2 * source * layout.size(k) * layout.size("heads") for k in ("c2p", "p2c") if k in layout.sizes}
+
+def _embedding_as_head(layout: Layout) -> list[Tensor]:
+    "The embedding, where a transformed head has no matrix of its own and multiplies with that."
+    return [layout.one("embed.token")] if layout.find("head.dense") and not layout.find("head") else []
 
 def _lengths(layout: Layout, source: int, target: int | None) -> None:
     two = "decoder" in layout.layers
@@ -53,19 +61,26 @@ class _Walk:
                 self.backward += n * (x + self.awake(t))
         return x or self.trained([role], stack, layer)
 
-# %% ../../nbs/core/70_ledger.ipynb #8563d76f
+# %% ../../nbs/core/70_ledger.ipynb #16f9a3c7
 def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: bool, cost: int, bias: bool) -> bool:
     "Queries from `x`, keys and values from `keys`: the products with weights and the two without."
     if self.layout.find(f"{block}.qkv"): q = k = v = self.matrix(f"{block}.qkv", stack, layer, x)
     else: q, k, v = (self.matrix(f"{block}.{r}", stack, layer, g) for r, g in (("q", x), ("k", keys), ("v", keys)))
     q, k = (g or self.trained([f"{block}.{r}_norm"], stack, layer) for g, r in ((q, "q"), (k, "k")))
     p = q or k or bias                       # the attention weights
+    for kind, n in _beside(self.layout, self.source).items():
+        content, own, shared = (q, "pos_k", "k") if kind == "c2p" else (k, "pos_q", "q")
+        own = own if self.layout.find(f"{block}.{own}") else shared
+        place = self.trained(["embed.relative", "embed.relative_norm"], stack) or self.trained([f"{block}.{own}"], stack, layer)
+        self.forward[kind] = self.forward.get(kind, 0) + n
+        self.backward += n * (content + place)
+        p = p or content or place
     name = f"{block} (scores, values)"
     self.forward[name] = self.forward.get(name, 0) + 2*cost
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #8ff5d192
+# %% ../../nbs/core/70_ledger.ipynb #34137a40
 def _bottom(w: _Walk, stack: str) -> bool:
     "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
     roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
@@ -76,8 +91,8 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
     lay, pre = w.layout, w.layout.norm != "post"
     costs = _attentions(lay, w.source, w.target)
-    x = _bottom(w, stack)
-    bias = w.trained(["attn.relative"], stack, 0)
+    x = below_all = _bottom(w, stack)
+    bias = w.trained(["attn.relative"], stack, 0) or w.trained(["attn.relative"], stack)
     for layer in range(lay.layers[stack]):
         for block in [b for b in ("attn", "cross") if (stack, b) in costs] + ["ffn"]:
             norm, out = (w.trained([f"{block}.{r}"], stack, layer) for r in ("norm", "norm.out"))
@@ -85,9 +100,10 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
             if block == "cross": y = _attention(w, block, stack, layer, h, below, costs[stack, block], False)
             elif block == "attn": y = _attention(w, block, stack, layer, h, h, costs[stack, block], bias)
             else:
-                up, gate = (w.matrix(r, stack, layer, h) for r in ("ffn.up", "ffn.gate"))
-                y = w.matrix("ffn.down", stack, layer, up or gate)
+                up, gate, both = (w.matrix(r, stack, layer, h) for r in ("ffn.up", "ffn.gate", "ffn.gate_up"))
+                y = w.matrix("ffn.down", stack, layer, up or gate or both)
             x = x or y or out or (not pre and norm)
+        if layer == 0: x = w.matrix("conv", stack, None, below_all) or x or w.trained(["conv.norm"], stack)
     return w.matrix("head.project", stack, None, x or w.trained(["norm.final"], stack))
 
 def _top(w: _Walk, stack: str, x: bool) -> None:
@@ -95,9 +111,14 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
     for s in dict.fromkeys(("", stack)):
         h = w.matrix("head.dense", s, None, x) or w.trained(["head.norm"], s)
         w.matrix("head", s, None, h)
-        w.matrix("tags", s, None, x)
+        for t in _embedding_as_head(w.layout) if s == "" else ():
+            w.forward["head"] = 2 * t.size * w.source
+            w.backward += w.forward["head"] * (h + w.awake(t))
+        for r in ("detect", "tags"):
+            t = w.matrix(f"{r}.dense", s, None, x) or w.trained([f"{r}.norm"], s)
+            w.matrix(r, s, None, t)
         h = w.matrix("pooler", s, None, x)
-        h = w.matrix("pooler.dense", s, None, h)
+        h = w.matrix("pooler.dense", s, None, h) or w.trained(["pooler.norm"], s)
         for r in ("pooler.labels", "pooler.next"): w.matrix(r, s, None, h)
 
 # %% ../../nbs/core/70_ledger.ipynb #66d50302
@@ -126,7 +147,7 @@ def flops(layout: Layout,
     w = _walk(layout, source, target, frozen)
     return sum(w.forward.values()) + w.backward * train
 
-# %% ../../nbs/core/70_ledger.ipynb #62b22e17
+# %% ../../nbs/core/70_ledger.ipynb #1c010c89
 def describe(layout: Layout,
              source: int = 512,             # S at which attention is counted
              target: int | None = None,     # T, by default S where there is a decoder
@@ -142,10 +163,15 @@ def describe(layout: Layout,
                                                                 parameters=0, flops=0.0, tied=tied))
         r["tensors"] += 1
         r["parameters"] += 0 if t.tied else t.size
-        if t.out is not None: r["flops"] += 2*t.size / (source if t.role.startswith("pooler") else 1)
+        if t.out is not None and t.role not in ("attn.pos_k", "attn.pos_q"):
+            r["flops"] += 2*t.size / (source if t.role.startswith("pooler") else 1)
     for (stack, block), n in costs.items():
         rows[stack, block] = dict(role=f"{block} (scores, values)", stack=stack, tensors=0, axes="", shape="", parameters=0, tied="",
                                   flops=layout.layers[stack] * 2*n / (target if stack == "decoder" else source))
+    for kind, n in _beside(layout, source).items():
+        rows[kind] = dict(role=kind, stack="", tensors=0, axes="", shape="", parameters=0, tied="", flops=layout.layers[""] * n / source)
+    for t in _embedding_as_head(layout):
+        rows["head"] = dict(role="head", stack="", tensors=0, axes="", shape="", parameters=0, tied=t.name, flops=2*t.size)
     return pd.DataFrame(list(rows.values()))
 
 # %% ../../nbs/core/70_ledger.ipynb #0bae3b21

@@ -14,8 +14,9 @@ def _read(c: dict) -> dict:
     D = c["hidden_size"]
     return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["n_head"], ffn=4*D, layers=c["n_layer"])
 
-# %% ../../nbs/families/70_bloom.ipynb #26280eea
-FAMILY = Family("bloom", {"bloom": "Bloom"}, prefix="transformer", norm="pre", read=_read, parts={"ForCausalLM": "head", "Model": ""},
+# %% ../../nbs/families/70_bloom.ipynb #ed9388dc
+FAMILY = Family("bloom", {"bloom": "Bloom"}, prefix="transformer", norm="pre", packs=False, read=_read,
+    parts={"ForCausalLM": "head", "Model": ""},
     strays=r"scale_mask_softmax\.causal_mask|self_attention\.(?:masked_)?bias", table="""
     .word_embeddings.weight                              embed.token   vocab hidden
     .word_embeddings_layernorm.weight|bias               embed.norm    hidden

@@ -103,7 +103,7 @@ def _shifted(source: Checkpoint, config: dict) -> int:
                       "add one to the helper's tokenizer")
     return config["pad_token_id"] - source.config["pad_token_id"]
 
-# %% ../../nbs/methods/10_clp.ipynb #3f837ae8
+# %% ../../nbs/methods/10_clp.ipynb #b74793e6
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -119,6 +119,7 @@ def clp(source: Checkpoint,              # the large model of the other language
     "CLP-Transfer as a plan (Ostendorff & Rehm 2023): the source's body, the helper's vocabulary."
     options, rule = _options(method, options), METHODS[method]
     number("seed", seed); number("pad_to", pad_to, 1)
+    if method != "wechsel" and (vectors or dictionary): raise Refusal(f"{method} uses no word vectors", "leave them out, or choose wechsel")
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
     both, E, H = overlap(theirs, ours, match), source.layout.one("embed.token"), helper.layout.one("embed.token")
     _checked(both, ours, H.shape[0])
