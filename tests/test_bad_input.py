@@ -11,7 +11,6 @@ from seqwarm.core import files
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.errors import Refusal
-from seqwarm.core.overlap import overlap
 from seqwarm.core.plan import Plan
 from seqwarm.core.record import Run
 from seqwarm.core.train import Stage, train

@@ -1,10 +1,10 @@
 "Two vocabularies: against plain loops, across kinds, with the classes of transformers, and with tokenizers out of joint."
-import os, random, subprocess, sys, time
+import json, os, random, subprocess, sys, time
 from itertools import permutations
 import pytest
 from hypothesis import given, strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import (BertTokenizer, BertTokenizerFast, ByT5Tokenizer, CanineTokenizer, GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer, MBartTokenizer,
+from transformers import (BertTokenizer, BertTokenizerFast, ByT5Tokenizer, GemmaTokenizer, GPT2Tokenizer, LlamaTokenizer, MBartTokenizer,
                           PreTrainedTokenizerFast, T5Tokenizer, XLMRobertaTokenizer)
 from seqwarm.core.errors import Refusal
 from seqwarm.core.overlap import canonical, overlap, spell
@@ -22,7 +22,6 @@ def bpe(words, pre, decoder, special, **more):
     core = Tokenizer(models.BPE(**more))
     core.pre_tokenizer, core.decoder = pre, decoder
     core.train_from_iterator(words, trainers.BpeTrainer(vocab_size=600, special_tokens=special, show_progress=False))
-    import json
     model = json.loads(core.to_str())["model"]
     return model["vocab"], [tuple(m) for m in model["merges"]]
 
@@ -55,8 +54,8 @@ def made(kind):
     return MADE[kind]
 
 def text_of(tok, kind: str, token: str) -> bytes:
-    "The bytes of a token, by the tokenizer's own decoder: put behind an 'x' (or a word), so that a leading blank is kept."
-    if STYLE[kind] == "bytes": return bytes({c: b for b, c in letters().items()}[c] for c in token)
+    "The bytes of a token: by the alphabet of the library, by its decoder (behind an 'x', which keeps a leading blank), by BERT's rule."
+    if STYLE[kind] == "bytes": return bytes(map(BYTE.__getitem__, token))
     if STYLE[kind] == "metaspace":
         if token in SPARE: return bytes([SPARE.index(token)])
         return tok.backend_tokenizer.decoder.decode(["x", token])[1:].encode()
@@ -70,7 +69,11 @@ def letters() -> dict[int, str]:
         if 0xd800 <= point < 0xe000: continue
         raw, [(seen, _)] = chr(point).encode(), pre.pre_tokenize_str(chr(point))
         found.update(zip(raw, seen))
-    return found
+    never = [b for b in range(256) if b not in found]                    # bytes of no UTF-8; their letters are left over, in order
+    return found | dict(zip(never, sorted(set(pre_tokenizers.ByteLevel.alphabet()) - set(found.values()))))
+
+LETTER = letters()
+BYTE = {c: b for b, c in LETTER.items()}
 
 def pairs(both): return list(zip(both.shared_target, both.shared_source))
 def strings(source, target, both): return {target.convert_ids_to_tokens(t): source.convert_ids_to_tokens(s) for t, s in pairs(both)}
@@ -98,7 +101,6 @@ def test_every_pair_of_kinds(a, b):
     try: exact = len(overlap(source, target).shared_target)
     except Refusal: exact = 0
     forms = {text_of(source, a, source.convert_ids_to_tokens(i)) for i in canonical(source)}
-    mark = lambda i: STYLE[a] == STYLE[b] == "wordpiece"
     want = [i for i in canonical(target) if text_of(target, b, target.convert_ids_to_tokens(i)) in forms]
     assert set(want) <= set(got.shared_target)                                           # against a plain loop
     extra = {target.convert_ids_to_tokens(i) for i in set(got.shared_target) - set(want)}
@@ -131,10 +133,17 @@ def test_marks_of_wordpiece_serve_with_a_blank_and_without():
         back = strings(bert, uni, overlap(bert, uni, match="canonical"))
         assert set(words) <= set(back) and back[words[0]] == ","
 
-def metaspace(words, ids=None):
+def metaspace(words):
+    "A unigram model of exactly these pieces; the first is the unknown one."
     core = Tokenizer(models.Unigram([(w, -float(i)) for i, w in enumerate(words)], unk_id=0))
     core.pre_tokenizer, core.decoder = pre_tokenizers.Metaspace(), decoders.Metaspace()
     return core
+
+@pytest.mark.parametrize("sign", [",", "€", "्", "漢", "«", "$", "ア"])
+def test_what_stands_alone_is_what_bert_cuts_off(sign):
+    bert = wordpiece([sign, "##x"])
+    cut = [w for w, _ in bert.backend_tokenizer.pre_tokenizer.pre_tokenize_str(BertTokenizer(do_lower_case=False).backend_tokenizer.normalizer.normalize_str(f"x{sign}x"))]
+    assert canonical(bert)[5] == (sign if len(cut) == 3 else " " + sign).encode()
 
 def test_an_uncased_vocabulary_matches_lower_case_only():
     bert, gpt = wordpiece(["hund", "##haus"]), train_tokenizer(["ein Hund ein hund Haus haus Haushaus hundhaus"]*4, 400)
@@ -188,7 +197,8 @@ def test_vocabularies_out_of_joint():
     holes = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
     holes.add_tokens(["garten"]); holes.add_tokens(["<x>"], special_tokens=True)
     got = overlap(holes, holes, match="canonical")
-    ids = sorted(holes.get_vocab().values())
+    ids = sorted(set(holes.get_vocab().values()))                 # the library gives 'garten' the id of 'hund'
+    assert len(ids) < len(holes.get_vocab())
     assert max(ids) >= 90 and got.shared_target == got.shared_source and sorted(got.shared_target + got.special_target) == ids
     assert got.size == got.source_size == max(ids) + 1 and got.missing == []
     twice = PreTrainedTokenizerFast(tokenizer_object=metaspace(["<unk>", "▁hund", "a", "a", "▁"]), unk_token="<unk>")
@@ -206,14 +216,21 @@ def test_vocabularies_out_of_joint():
     assert both.size == 702 and {700, 701} <= set(both.missing)
 
 def test_tokenizers_in_plain_python():
-    byt5, canine, gpt = ByT5Tokenizer(), CanineTokenizer(), made("gpt2")
+    byt5, gpt = ByT5Tokenizer(), made("gpt2")
     got = overlap(byt5, gpt, match="canonical")
     assert canonical(byt5) == {b + 3: bytes([b]) for b in range(256)}
     assert len(got.shared_target) == 256 and strings(byt5, gpt, got)["Ã"] == chr(0xc3)
     i = gpt.convert_tokens_to_ids("Ġhund")
     assert spell(byt5, gpt, [i]) == ([b + 3 for b in b" hund"], [0, 5])
-    assert canine.convert_ids_to_tokens(spell(canine, gpt, [i])[0]) == list(" hund")
     assert gpt.convert_ids_to_tokens(spell(gpt, byt5, [3 + 0xc3])[0]) == ["Ã"]
+
+def test_words_without_marks_are_taken_as_they_are():
+    gpt, core = made("gpt2"), Tokenizer(models.WordLevel({"<unk>": 0, "hund": 1, "der": 2}, unk_token="<unk>"))
+    plain = PreTrainedTokenizerFast(tokenizer_object=core, unk_token="<unk>")
+    assert canonical(plain) == {1: b"hund", 2: b"der"}
+    ids = gpt.convert_tokens_to_ids(["Ġhund", "Ġwind", "Ã"])
+    assert spell(plain, gpt, ids) == ([1], [0, 1, 1, 1])
+    assert spell(gpt, plain, [2])[0] == [p.id for p in gpt.backend_tokenizer.model.tokenize("der")]
 
 def test_nothing_shared_is_refused_and_says_what_would_help():
     with pytest.raises(Refusal, match="share no ordinary token.*of one kind"): overlap(wordpiece(["foo", "bar"]), wordpiece(["baz"]))
@@ -237,6 +254,8 @@ def test_spell_bytes_and_text():
     flat, offsets = spell(wp, g, [g.convert_tokens_to_ids("▁garten"), 0])
     assert wp.convert_ids_to_tokens(flat) == ["gar", "##ten"] and offsets == [0, 2, 2]
 
+LETTERS = {c for c in "".join(ENGLISH + GERMAN) if c.isascii() and c.isalpha()} | {" "}
+
 @pytest.mark.parametrize("a,b", permutations(STYLE, 2))
 def test_spelling_gives_the_text_back(a, b):
     "Pieces of a token, put together by what each stands for, are the token; with the blank where it has one, and nowhere else."
@@ -246,13 +265,13 @@ def test_spelling_gives_the_text_back(a, b):
     flat, offsets = spell(source, target, ids)
     for k, i in enumerate(ids):
         got = b"".join(form_s[p] for p in flat[offsets[k]:offsets[k + 1]])
-        if STYLE[a] == "wordpiece":
-            if not got or form_t[i][:1].isspace() and not form_t[i].strip(): continue
-            assert got.strip() == form_t[i].strip() or got.strip() in form_t[i]
-            whole += got == form_t[i]
-        elif STYLE[a] == "bytes" or a in ("llama", "gemma"): assert got == form_t[i]; whole += 1
-        else: assert got in (form_t[i], b"") or got.strip() in form_t[i] ; whole += got == form_t[i]
-    assert whole > len([f for f in form_t.values() if f.strip().isalpha()])*0.9
+        if STYLE[a] == "bytes" or a in ("llama", "gemma"): assert got == form_t[i]
+        if set(form_t[i].decode(errors="replace")) <= LETTERS:       # that every source here has
+            if STYLE[a] == "wordpiece" and form_t[i] == b" ": assert got == b""         # BERT has no token for a blank
+            elif STYLE[a] == "wordpiece" and form_t[i][:1] != b" " and f"##{chr(form_t[i][0])}" not in source.get_vocab(): assert got == b" " + form_t[i]
+            else: assert got == form_t[i]
+            whole += 1
+    assert whole > 25
 
 @pytest.mark.parametrize("legacy", [False, True])
 def test_a_piece_inside_a_word_gets_no_mark(legacy):
@@ -277,19 +296,23 @@ def test_spelling_in_wordpiece():
 RUN = """
 import sys; sys.path.insert(0, sys.argv[1])
 import hashlib, json
-from test_overlap import make
+from dataclasses import asdict
+from test_overlap import GERMAN, LlamaTokenizer, SPARE, T5Tokenizer, make, wordpiece
 from seqwarm.core.overlap import overlap, spell
+words = sorted({w for t in GERMAN for w in t.replace(",", " ,").split()})
+pieces = [m + w[:k] for w in words for k in (1, 2, len(w)) for m in ("", chr(0x2581))]
+pieces = list(dict.fromkeys(pieces))
+kinds = [make("bytes"), make("unigram"), T5Tokenizer(vocab=[(p, -1.0*i) for i, p in enumerate(["<pad>", "</s>", "<unk>", *pieces])], extra_ids=9),
+         LlamaTokenizer(vocab={w: i for i, w in enumerate(["<unk>", "<s>", "</s>", *SPARE, *pieces])}, merges=[]),
+         wordpiece(list(dict.fromkeys(words + ["##" + p for p in pieces if p.isascii()])))]
+for n, t in enumerate(kinds): t.add_special_tokens({"extra_special_tokens": ["<q>", "<r>", "<s1>"][::(-1)**n]})
 out = []
-for a in ("bytes", "unigram", "llama", "cased"):
-    for b in ("gpt2", "t5", "uncased", "gemma"):
-        s, t = make(a), make(b)
-        if a in ("cased",) or b in ("uncased",): s.add_special_tokens({"extra_special_tokens": ["<q>", "<r>"]}); t.add_special_tokens({"extra_special_tokens": ["<r>", "<q>"]})
+for s in kinds:
+    for t in kinds:
         both = overlap(s, t, "canonical")
-        named = lambda tok, ids: [tok.convert_ids_to_tokens(i) for i in ids]
-        flat, offsets = spell(s, t, both.missing)
-        out.append(sorted(zip(named(t, both.shared_target), named(s, both.shared_source))) + [sorted(zip(named(t, both.special_target), named(s, both.special_source)))])
         assert both.shared_target == sorted(both.shared_target) and both.missing == sorted(both.missing) and both.special_target == sorted(both.special_target)
-print(hashlib.sha256(json.dumps(out, default=str).encode()).hexdigest())
+        out += [asdict(both), spell(s, t, range(len(t)))]
+print(hashlib.sha256(json.dumps(out).encode()).hexdigest())
 """
 
 def test_the_same_in_every_process():
@@ -299,20 +322,19 @@ def test_the_same_in_every_process():
         sums.add(subprocess.run([sys.executable, "-c", RUN, os.path.dirname(__file__)], env=env, capture_output=True, text=True, check=True).stdout.strip())
     assert len(sums) == 1 and len(sums.pop()) == 64
 
-def test_a_quarter_of_a_million_tokens_in_seconds():
-    r, n = random.Random(1), 250_000
+def test_big_vocabularies_in_seconds():
+    r, n = random.Random(1), 60_000
     words = ["▁"*r.randint(0, 1) + "".join(r.choice("abcdeäöüß") for _ in range(9)) + str(i) for i in range(n)]
     uni = PreTrainedTokenizerFast(tokenizer_object=metaspace(["<unk>", *words]), unk_token="<unk>")
-    letter = letters()
-    vocab = {"".join(letter[b] for b in w.replace("▁", " ").encode()): i + 256 for i, w in enumerate(words)} | {c: b for b, c in letter.items()}
+    vocab = {"".join(LETTER[b] for b in w.replace("▁", " ").encode()): i + 256 for i, w in enumerate(words)} | {c: b for b, c in LETTER.items()}
     core = Tokenizer(models.BPE(vocab=vocab, merges=[]))
     core.pre_tokenizer, core.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     gpt = PreTrainedTokenizerFast(tokenizer_object=core)
-    start = time.perf_counter()
+    start = time.process_time()
     both = overlap(uni, gpt, match="canonical")
-    took = time.perf_counter() - start
-    start = time.perf_counter()
-    spell(gpt, uni, range(1, 50_001)); spell(uni, gpt, range(256, 20_256))
-    spelt = time.perf_counter() - start
+    took = time.process_time() - start
+    start = time.process_time()
+    spell(gpt, uni, range(1, 10_001)); spell(uni, gpt, range(256, 10_256))
+    spelt = time.process_time() - start
     print(f"overlap {took:.2f} s, spell {spelt:.2f} s")
-    assert len(both.shared_target) == n and both.missing == list(range(256)) and took < 8 and spelt < 15   # measured: 1.5 s and 1 s
+    assert len(both.shared_target) == n and both.missing == list(range(256)) and took < 4 and spelt < 4   # seconds of this process: 0.7 and 0.4

@@ -51,7 +51,7 @@ def _header(path: Path) -> dict[str, dict]:
     if size != end: raise Refusal(f"{path} is damaged: it has {size} bytes and should have {end}", _AGAIN)
     return head
 
-# %% ../../nbs/core/20_checkpoint.ipynb #c0597429
+# %% ../../nbs/core/20_checkpoint.ipynb #0308688e
 _WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WANTED = ["model*.safetensors", _INDEX, "config.json", "generation_config.json", "seqwarm.json", "plan.json", "plan.safetensors",
            "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*"]
@@ -69,7 +69,7 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
         where, heads = _json(folder/_INDEX).get("weight_map"), {}
         if not isinstance(where, dict) or not where: raise Refusal(f"{folder/_INDEX} has no weight_map", _AGAIN)
         for n, shard in where.items():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                 raise Refusal(f"{folder/_INDEX} places {n} in {shard!r}, which is no file of this folder", _AGAIN)
         for shard in sorted(set(where.values())):
             if not (folder/shard).exists(): raise Refusal(f"{folder} lacks the shard {shard}", "download it again")

@@ -35,7 +35,7 @@ def _beside(path: Path, make):
         return make(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     except OSError as e: raise _refusal(path, e) from e
 
-# %% ../../nbs/core/02_files.ipynb #f159c574
+# %% ../../nbs/core/02_files.ipynb #21f1e11a
 def _sync(path: Path) -> None:
     "Bring a file or a folder's list of names to disk."
     fd = os.open(path, os.O_RDONLY)
@@ -46,8 +46,7 @@ def _sync(path: Path) -> None:
 def whole_folder(path: str | Path):   # the folder that shall appear
     "Yield a passing folder that takes the name `path` when the block ends well, and vanishes when it does not."
     path = Path(path)
-    taken = Refusal(f"{path} exists", "choose another place or remove it")
-    if os.path.lexists(path): raise taken
+    room(path)
     above, tmp = [p for p in path.parents if not p.exists()], None   # to be made, innermost first
     try:
         tmp = Path(_beside(path, tempfile.mkdtemp))
@@ -55,7 +54,7 @@ def whole_folder(path: str | Path):   # the folder that shall appear
         yield tmp
         for f in tmp.rglob("*"): _sync(f)
         _sync(tmp)
-        if os.path.lexists(path): raise taken   # somebody was quicker
+        room(path)   # somebody may have been quicker
         os.rename(tmp, path); _sync(path.parent)
     except Exception as e:
         if tmp and _full(e, path.parent): raise _refusal(path, e) from e
@@ -84,10 +83,11 @@ def write_whole(path: str | Path,              # the file
     except OSError as e: raise _refusal(path, e) from e
     finally: Path(tmp).unlink(missing_ok=True)
 
-# %% ../../nbs/core/02_files.ipynb #66b9f93f
-def room(path: str | Path,     # what shall be written, not there yet
-         size: int) -> None:   # bytes
-    "Refuse to begin what the disk of `path` has no room for."
+# %% ../../nbs/core/02_files.ipynb #3f257752
+def room(path: str | Path,         # what shall be written
+         size: int = 0) -> None:   # bytes
+    "Refuse to begin what is there already, or what the disk of `path` has no room for."
+    if os.path.lexists(path): raise Refusal(f"{path} exists", "choose another place or remove it")
     place = next(p for p in Path(path).absolute().parents if p.exists())
     if (free := shutil.disk_usage(place).free) < size:
         raise Refusal(f"{path} needs {size/1e9:,.2f} GB and its disk has {free/1e9:,.2f} GB free", "make room, or choose another disk")

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['canonical', 'Overlap', 'overlap', 'spell']
 
-# %% ../../nbs/core/32_overlap.ipynb #3726792b
+# %% ../../nbs/core/32_overlap.ipynb #be4f4383
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from unicodedata import category
 from tokenizers import models
 from transformers import PreTrainedTokenizerBase
 from .errors import Refusal, unknown
@@ -49,7 +50,7 @@ def _from_piece(token: str) -> bytes:
     if len(token) == 6 and re.fullmatch("<0x[0-9A-Fa-f]{2}>", token): return bytes([int(token[3:5], 16)])
     return _utf8(token.replace("▁", " "))
 
-# %% ../../nbs/core/32_overlap.ipynb #abc2a7db
+# %% ../../nbs/core/32_overlap.ipynb #4fd79035
 _MARKS = {"bytes": "Ġ", "metaspace": "▁", "wordpiece": "##"}
 
 def _style(tok) -> str:
@@ -83,15 +84,19 @@ def _mark(tok) -> str:
 
 def _alone(token: str) -> bool:
     "Is it a mark or a Chinese character, which BERT cuts off on both sides and so never marks as inside a word?"
-    chinese = lambda: "\u3400" <= token <= "\u9fff" or "\uf900" <= token <= "\ufaff" or token >= "\U00020000"
-    return len(token) == 1 and (not token.isalnum() or chinese())
+    if len(token) != 1: return False
+    chinese = "\u3400" <= token <= "\u4dbf" or "\u4e00" <= token <= "\u9fff" or "\uf900" <= token <= "\ufaff" or token >= "\U00020000"
+    return chinese and token < "\U0002fa20" or category(token)[0] == "P" or token.isascii() and not token.isalnum()
 
-# %% ../../nbs/core/32_overlap.ipynb #52cfe6b2
+# %% ../../nbs/core/32_overlap.ipynb #6305062e
 def canonical(tokenizer: PreTrainedTokenizerBase,
               ) -> dict[int, bytes]:      # id -> bytes, ascending; special tokens are left out
     "Every ordinary token as the bytes of text that it stands for, the blank before it included."
-    read, specials = _reader(tokenizer), _specials(tokenizer)
-    return {i: read(i, token) for i, token in _tokens(tokenizer).items() if i not in specials}
+    return _forms(tokenizer, _tokens(tokenizer))
+
+def _forms(tok, tokens: dict[int, str]) -> dict[int, bytes]:
+    read, specials = _reader(tok), _specials(tok)
+    return {i: read(i, token) for i, token in tokens.items() if i not in specials}
 
 # %% ../../nbs/core/32_overlap.ipynb #a734286c
 _STAND_IN = {"bos": ("bos", "cls", "eos"), "cls": ("cls", "bos", "eos"), "eos": ("eos", "sep"), "sep": ("sep", "eos"),
@@ -133,10 +138,10 @@ def _roles(source, target, theirs: dict[int, str], ours: dict[int, str]) -> tupl
         if (s := named.get(ours.get(t))) is not None: matched[t] = s
     return roles, matched
 
-# %% ../../nbs/core/32_overlap.ipynb #938eb4a4
+# %% ../../nbs/core/32_overlap.ipynb #d6d019e2
 def _same_form(source, target, theirs: dict[int, str], ours: dict[int, str]) -> list[tuple[int, int]]:
     "Pairs (target id, source id) of ordinary tokens with one canonical form."
-    form_s, form_t = canonical(source), canonical(target)
+    form_s, form_t = _forms(source, theirs), _forms(target, ours)
     spare = {s for s, form in form_s.items() if len(form) == 1 and theirs[s].startswith("<0x")}
     first, named = {}, {theirs[s]: s for s in form_s}
     for s, form in form_s.items():

@@ -20,7 +20,7 @@ from .errors import Refusal
 from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
 from .plan import Plan, Row
 
-# %% ../../nbs/core/22_write.ipynb #914b980b
+# %% ../../nbs/core/22_write.ipynb #98012b9b
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 def _dtype(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.dtype:
@@ -29,10 +29,14 @@ def _dtype(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.dtype:
     alias, name = row.sources[0].split(":", 1)
     return sources[alias].dtype(name)
 
-def _deal(plan: Plan, dtypes: dict[str, torch.dtype], limit: int) -> list[list[tuple[Row, int]]]:
+def _streams(row: Row, sources: Mapping[str, Any]) -> bool:
+    "Whether a row's tensor is handed on in pieces."
+    return row.op == "copy" and isinstance(sources[row.sources[0].split(":", 1)[0]], Checkpoint)
+
+def _deal(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dtype], limit: int) -> list[list[tuple[Row, int]]]:
     "Rows and bytes of their tensors, file by file."
     files, size = [[]], 0
-    for row in plan.rows:
+    for row in sorted(plan.rows, key=lambda r: not _streams(r, sources)):   # stable
         n = plan.layout.tensors[row.target].size*dtypes[row.target].itemsize
         if files[-1] and size + n > limit: files.append([]); size = 0
         files[-1].append((row, n)); size += n
@@ -49,7 +53,7 @@ def _head(plan: Plan, file: list[tuple[Row, int]], dtypes: dict[str, torch.dtype
     text += b" "*(-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-# %% ../../nbs/core/22_write.ipynb #18f166e4
+# %% ../../nbs/core/22_write.ipynb #536a0de9
 class _Checked:
     "A source whose numbers must be finite."
     def __init__(self, source: Any, alias: str): self.source, self.alias, self.names, self.shape = source, alias, source.names, source.shape
@@ -58,17 +62,30 @@ class _Checked:
         if finite(x := self.source.read(name)): return x
         raise Refusal(f"{self.alias}:{name} holds NaN or infinity", "train it again")
 
-def _make(plan: Plan, row: Row, sources: Mapping[str, _Checked]) -> torch.Tensor:
+def _make(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.Tensor:
     "The tensor of a row, finite."
-    if finite(x := plan.make(row.target, sources)): return x
+    if finite(x := plan.make(row.target, {a: _Checked(s, a) for a, s in sources.items()})): return x
     raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
 
-def _bytes(plan: Plan, row: Row, sources: Mapping[str, _Checked], dtype: torch.dtype) -> Iterator[memoryview]:
+class _Ahead:
+    "What rows make, one after another, the next one begun before it is asked for."
+    def __init__(self, plan: Plan, sources: Mapping[str, Any], rows: list[Row]):
+        self.pool, self.jobs = ThreadPoolExecutor(1), iter([(plan, r, sources) for r in rows])
+        self._begin()
+    def _begin(self) -> None: self.next = next((self.pool.submit(_make, *job) for job in self.jobs), None)
+    def look(self) -> None:
+        "Raise at once what went wrong."
+        if self.next and self.next.done(): self.next.result()
+    def take(self) -> torch.Tensor:
+        x = self.next.result(); self._begin()
+        return x
+
+def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dtype) -> Iterator[memoryview]:
     "What a row adds to its file, in pieces."
-    alias, name = row.sources[0].split(":", 1) if row.sources else ("", "")
-    if row.op == "copy" and isinstance(source := sources[alias].source, Checkpoint): pieces = source.pieces(name, finite=True)
+    ahead.look()
+    if _streams(row, sources): alias, name = row.sources[0].split(":", 1); pieces = sources[alias].pieces(name, finite=True)
     else:
-        x = _make(plan, row, sources)
+        x = ahead.take()
         if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans, not of the user
         pieces = x.reshape(-1).split(1 << 20)
     for piece in pieces:
@@ -96,21 +113,27 @@ def _store(path: Path, pieces: Iterable[bytes | memoryview], beside: ThreadPoolE
         if busy: busy.result()
         return seen.hexdigest(), beside.submit(_to_disk, os.dup(f.fileno()))
 
-# %% ../../nbs/core/22_write.ipynb #90aa8581
-def _weights(plan: Plan, sources: Mapping[str, _Checked], dtypes: dict, files: list, heads: list[bytes], folder: Path,
-             beside: ThreadPoolExecutor) -> tuple[list[str], list[Future]]:
-    "Write all weight files and their index; the files' hashes, and when they are on disk."
-    names = [f"model-{i+1:05}-of-{len(files):05}.safetensors" for i in range(len(files))] if len(files) > 1 else ["model.safetensors"]
-    sizes = [sum(n for _, n in f) for f in files]
-    if len(files) > 1:
-        index = {"metadata": {"total_parameters": sum(plan.layout.tensors[r.target].size for r in plan.rows), "total_size": sum(sizes)},
-                 "weight_map": {r.target: name for name, f in zip(names, files) for r, _ in f}}
-        write_whole(folder/"model.safetensors.index.json", json.dumps(index, indent=2, sort_keys=True) + "\n")
-    shown = sys.stderr.isatty() or "ipykernel" in sys.modules
-    total = sum(sizes) + sum(map(len, heads))
-    with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, mininterval=0.5, disable=not shown) as bar:
-        done = [_store(folder/name, chain([head], *(_bytes(plan, r, sources, dtypes[r.target]) for r, _ in f)), beside, bar)
-                for name, head, f in zip(names, heads, files)]
+# %% ../../nbs/core/22_write.ipynb #1ee01bda
+def _names(files: int) -> list[str]:
+    return [f"model-{i+1:05}-of-{files:05}.safetensors" for i in range(files)] if files > 1 else ["model.safetensors"]
+
+def _index(plan: Plan, files: list[list[tuple[Row, int]]]) -> str:
+    "The text of model.safetensors.index.json."
+    parameters, size = sum(plan.layout.tensors[r.target].size for r in plan.rows), sum(n for f in files for _, n in f)
+    where = {r.target: name for name, f in zip(_names(len(files)), files) for r, _ in f}
+    content = {"metadata": {"total_parameters": parameters, "total_size": size}, "weight_map": where}
+    return json.dumps(content, indent=2, sort_keys=True) + "\n"
+
+def _weights(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dtype], files: list[list[tuple[Row, int]]], heads: list[bytes],
+             folder: Path, beside: ThreadPoolExecutor) -> tuple[list[str], list[Future]]:
+    "Write all weight files; their hashes, and when they are on disk."
+    total, shown = sum(map(len, heads)) + sum(n for f in files for _, n in f), sys.stderr.isatty() or "ipykernel" in sys.modules
+    ahead = _Ahead(plan, sources, [r for f in files for r, _ in f if not _streams(r, sources)])
+    try:
+        with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, mininterval=0.5, disable=not shown) as bar:
+            done = [_store(folder/name, chain([head], *(_bytes(r, sources, ahead, dtypes[r.target]) for r, _ in f)), beside, bar)
+                    for name, head, f in zip(_names(len(files)), heads, files)]
+    finally: ahead.pool.shutdown(wait=False, cancel_futures=True)   # after an error nobody waits for what is being computed
     return [h for h, _ in done], [there for _, there in done]
 
 def _config(plan: Plan, dtypes: Iterable[torch.dtype]):
@@ -121,7 +144,7 @@ def _config(plan: Plan, dtypes: Iterable[torch.dtype]):
     if len(floating) == 1: config.dtype = floating.pop()
     return config
 
-# %% ../../nbs/core/22_write.ipynb #92225058
+# %% ../../nbs/core/22_write.ipynb #e2442c7b
 _ROOM = 1 << 24   # bytes, for what lies beside the weights
 
 def write(plan: Plan,
@@ -138,12 +161,13 @@ def write(plan: Plan,
     with whole_folder(out) as tmp:
         plan.check(sources)
         dtypes = {r.target: _dtype(plan, r, sources) for r in plan.rows}
-        files = _deal(plan, dtypes, shard)
+        files = _deal(plan, sources, dtypes, shard)
         heads = [_head(plan, f, dtypes) for f in files]
         room(out, sum(map(len, heads)) + sum(n for f in files for _, n in f) + _ROOM)
         _beside_the_weights(plan, _config(plan, dtypes.values()), tokenizer, extra or {}, tmp)
+        if len(files) > 1: write_whole(tmp/"model.safetensors.index.json", _index(plan, files))
         with ThreadPoolExecutor(1) as beside:
-            hashes, there = _weights(plan, {a: _Checked(s, a) for a, s in sources.items()}, dtypes, files, heads, tmp, beside)
+            hashes, there = _weights(plan, sources, dtypes, files, heads, tmp, beside)
             if card is None:
                 parents = [s.card for s in sources.values() if hasattr(s, "card")]
                 card = Card.child(Path(out).name, plan.recipe, parents, plan=plan.summary())
@@ -163,15 +187,14 @@ def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[
             raise Refusal(f"{name} is a file of the checkpoint itself", "choose another name")
         write_whole(folder/name, content)
 
-# %% ../../nbs/core/22_write.ipynb #96b12bb7
+# %% ../../nbs/core/22_write.ipynb #99680b58
 def build(plan: Plan,
           sources: Mapping[str, Any],     # alias -> something with .names, .shape and .read
           ) -> torch.nn.Module:           # a model of transformers, in eval mode
     "Carry out a plan in memory."
     import transformers
     plan.check(sources)
-    checked = {a: _Checked(s, a) for a, s in sources.items()}
-    state = {r.target: _make(plan, r, checked).clone() for r in plan.rows}
+    state = {r.target: _make(plan, r, sources).clone() for r in plan.rows}
     config = _config(plan, (x.dtype for x in state.values()))
     with _quiet(): model, info = getattr(transformers, plan.architecture).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or torch.float32, output_loading_info=True)
