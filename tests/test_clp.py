@@ -3,7 +3,7 @@ import json, os, subprocess, sys
 import pytest, torch
 from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig,
                           LlamaForCausalLM, RobertaConfig, RobertaForMaskedLM)
-from seqwarm.core.checkpoint import Card, Checkpoint
+from seqwarm.core.checkpoint import Card
 from seqwarm.core.errors import Refusal
 from seqwarm.core.overlap import overlap, spell
 from seqwarm.core.plan import Plan

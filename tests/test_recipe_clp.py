@@ -35,7 +35,7 @@ def test_claims_take_the_best_arm_that_caught_up_on_every_seed(table):
     assert means(table).set_index("arm").saved.isna()["late"]   # it was fast on one seed, and never arrived on the other
     assert claims_of(table[table.arm.isin(["scratch", "late"])]) == {"clp-steps": None, "clp-embeddings": None}
 
-WISH = dict(seeds=[0], heads=4, source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
+WISH = dict(seeds=[0], heads=4, match="exact", wake=0, source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
 
 def test_a_wish_takes_the_place_of_the_scale_s_size():
     p = sized("demo", **WISH | dict(target_text="world:b?words=7 + text:x.txt", words=50, arms=None, width=64))
@@ -46,6 +46,8 @@ def test_a_wish_takes_the_place_of_the_scale_s_size():
     (dict(arms=["gaurded"]), "did you mean 'guarded'"), (dict(arms=[]), "arms is an empty list"), (dict(seeds=[1, 1]), "seeds names something twice"),
     (dict(horizons=[0]), "horizons cannot be 0"), (dict(rates=[0.0]), "rates cannot hold 0"), (dict(width=30), "width cannot be 30"), (dict(vocab=3), "vocab cannot be 3"),
     (dict(length=1), "length cannot be 1"), (dict(batch=-4), "batch cannot be -4"), (dict(layers=0), "layers cannot be 0"), (dict(seeds=[-1]), "seeds cannot be -1"),
+    (dict(wake=20), "wake cannot be 20; give fewer than the 20 steps"), (dict(wake=-1), "wake cannot be -1"), (dict(match="canon"), "did you mean 'canonical'"),
+    (dict(arms=["wechsel"]), "needs word vectors"),
     (dict(target_text="world:a"), "source and target are both"), (dict(target_text="wrld:b"), "did you mean 'world:'")])
 def test_wishes_that_cannot_be(wish, says):
     with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)

@@ -82,7 +82,7 @@ def _checked(both: Overlap, ours: Any, helper_rows: int) -> None:
                              f"and its model only {helper_rows} rows", "do tokenizer and model belong together?")
     if not both.missing: raise Refusal("the source knows every token of the helper already", "go on training it with its own tokenizer")
 
-# %% ../../nbs/methods/10_clp.ipynb #6e2b63ec
+# %% ../../nbs/methods/10_clp.ipynb #12a8c4f5
 def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words: dict[str, Any], options: dict) -> dict[str, Tensor]:
     "flat, offsets (and weights) of the missing tokens, for the methods whose weights are told beforehand."
     missing = torch.nonzero(arrays["origin"] == -1)[:, 0]
@@ -97,11 +97,11 @@ def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words
 
 def _shifted(source: Checkpoint, config: dict) -> int:
     "By how many rows positions move, where they begin behind the padding id."
-    if source.layout.table.begin is not None: return 0
-    if config.get("pad_token_id") is None:
+    first = source.layout.table.first_position
+    if source.layout.table.begin is None and config.get("pad_token_id") is None:
         raise Refusal(f"{source.architecture} counts positions from the padding id, and the helper's tokenizer has no padding token",
                       "add one to the helper's tokenizer")
-    return config["pad_token_id"] - source.config["pad_token_id"]
+    return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 
 # %% ../../nbs/methods/10_clp.ipynb #b74793e6
 def clp(source: Checkpoint,              # the large model of the other language

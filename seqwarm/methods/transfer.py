@@ -93,7 +93,7 @@ def _changed_ids(old: Mapping | None, new: Mapping | None) -> dict[str, list]:
     pairs = {k: [old.get(k), new.get(k)] for k in (old or {}) if k.endswith(("_token_id", "_tokens", "_words_ids", "_decoder_ids"))}
     return {k: v for k, v in pairs.items() if v[0] is not None and v[0] != v[1]}
 
-# %% ../../nbs/methods/12_transfer.ipynb #f570ffce
+# %% ../../nbs/methods/12_transfer.ipynb #4c0ba7bb
 def _warnings(f: dict[str, Any]) -> list[str]:
     "What somebody should know before spending a GPU on this start."
     t, r, w = f["tokens"], f["rows"], f["weights"]
@@ -120,10 +120,12 @@ def _warnings(f: dict[str, Any]) -> list[str]:
         (f["wraps"][0] != f["wraps"][1],
          f"the source's tokenizer adds {f['wraps'][0]} special tokens to a text and the helper's {f['wraps'][1]}: "
          "the body expects what it was trained with")]
+    if f["architecture"].startswith("MPNet") and f["pad"] != 1:   # its code counts positions by id 1, whatever the config says
+        said.append((True, "MPNet takes id 1 for padding when it counts positions, and here that is another token"))
     lost = [k for k, (_, new) in f["ids"].items() if new is None and k != "sep_token_id"]
     return [text for told, text in said if told] + [f"{k} has no counterpart in the new tokenizer and is empty" for k in lost]
 
-# %% ../../nbs/methods/12_transfer.ipynb #8e2bfc55
+# %% ../../nbs/methods/12_transfer.ipynb #e27331ec
 def report(plan: Plan,                           # from `clp`
            sources: Mapping[str, Checkpoint],    # "source" and "helper"
            corpus: str | None = None,            # a corpus string in the target's language: whose tokens are how far shared
@@ -151,6 +153,7 @@ def report(plan: Plan,                           # from `clp`
         text=_text_share(corpus, ours, kind) | {"corpus": corpus} if corpus else None, guarded=int(held.sum()),
         row_sums=dict(smallest=float(z.min()), smallest_abs=float(np.abs(z).min()), negative=int((z < 0).sum())),
         weights=_weight_facts(plan, row, H, E, new), rows=rows, helper_width=H.shape[1],
+        pad=plan.config.get("pad_token_id"),
         wraps=[len(tok("a").input_ids) - len(tok("a", add_special_tokens=False).input_ids) for tok in (theirs, ours)],
         ids=_changed_ids(source.config, plan.config) | _changed_ids(source.generation, plan.generation),
         sample=[dict(token=ours.convert_ids_to_tokens(i), nearest=[theirs.convert_ids_to_tokens(j) or str(j) for j in js])
