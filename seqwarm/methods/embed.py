@@ -83,24 +83,24 @@ def _mean(S: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, n
     m = _center(_flat(S, axis), origin, anchors)
     return _fill(S, lambda ids: m.expand(len(ids), -1), shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #b0adaf7c
-def _sums(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, center: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    "K = H'(S - center) and z = H'1 over the anchors, in float64, some rows at a time."
+# %% ../../nbs/methods/05_embed.ipynb #8b038114
+def _sums(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    "K = H'(S - center) and z = H'1 over the anchors, some rows at a time, summed in float64."
     K, z = torch.zeros(H.shape[1], S.shape[1], dtype=torch.float64), torch.zeros(H.shape[1], dtype=torch.float64)
+    center = center.to(_wide(S))
     for ids in _blocks(anchors, max(H.shape[1], S.shape[1])):
         h = _helper(H, ids)
-        K += h.T @ (S[origin[ids]].double() - center); z += h.sum(0)
+        K += h.T.to(_wide(S)) @ (S[origin[ids]].to(_wide(S)) - center); z += h.sum(0)
     return K, z
 
 @operation("embed.clp")
 def _clp(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, norm: bool = False) -> Tensor:
     "The rule as it was published, without a guard; a token that the helper never saw gets the mean."
-    flat = _flat(S, axis)
-    m, (K, z) = _center(flat, origin, anchors), _sums(flat, H, origin, anchors)
-    K = K.to(_wide(S))
-    def rule(ids):
-        h = _helper(H, ids)
-        return torch.where((h != 0).any(1, keepdim=True), h.to(K.dtype) @ K/(h @ z)[:, None].to(K.dtype), m.to(K.dtype))
+    flat, w = _flat(S, axis), _wide(S)
+    m = _center(flat, origin, anchors)
+    K, z = _sums(flat, H, origin, anchors, m)   # around the mean, which the weights leave where it is: less is rounded
+    K = K.to(w)
+    def rule(ids): h = _helper(H, ids); return _around(m, h, h.to(w) @ K/(h @ z)[:, None].to(w))
     return _fill(S, rule, shape, origin, anchors, axis, norm)
 
 # %% ../../nbs/methods/05_embed.ipynb #cc377449
@@ -170,7 +170,7 @@ def _clp_plus(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, a
               temperature: float = 1.0) -> Tensor:
     return _by_cosine(S, H, lambda c: _sparse(c, temperature), shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #462a63dc
+# %% ../../nbs/methods/05_embed.ipynb #843ca313
 def _pair(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Means m of S and mid of H over the anchors; G = H'H and B = H'S of the centred rows; all float64."
     m, mid = _center(S, origin, anchors), sum(_helper(H, ids, unit=False).sum(0) for ids in _blocks(anchors, H.shape[1]))/len(anchors)
@@ -192,7 +192,9 @@ def _loaded(G: Tensor, ridge: float) -> Tensor: return G + max(ridge*float(G.tra
 @operation("embed.lstsq")
 def _lstsq(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, norm: bool = False,
            ridge: float = 1e-3) -> Tensor:
-    def solve(G, B): return torch.linalg.lstsq(_loaded(G, ridge), B, driver="gelsd").solution
+    def solve(G, B):
+        L, failed = torch.linalg.cholesky_ex(_loaded(G, ridge))   # failed: dependent columns and no ridge
+        return torch.linalg.lstsq(G, B, driver="gelsd").solution if failed else torch.cholesky_solve(B, L)
     return _linear(S, H, solve, shape, origin, anchors, axis, norm)
 
 @operation("embed.procrustes")
