@@ -1,6 +1,10 @@
-"""CLP-Transfer on checkpoints of real size, made on the spot.
+"""CLP-Transfer at real sizes: the rules beside plainer ways to the same rows, and whole checkpoints beside a copy.
 
+    python benchmarks/clp.py rows [--rounds 3] [--out results/clp_rows.csv]
     python benchmarks/clp.py write [--rounds 3] [--layers 30] [--untied] [--folder /tmp] [--out results/clp_write.csv]
+
+`rows`: new rows for a vocabulary of 50,000 tokens of which 12,000 are shared, by our operations, by one loop over the tokens (timed on
+500 of them and scaled) and by dense products in batches, in turns. The largest relative error of a row is told against float64.
 
 `write`: a Llama of about three thousand million parameters in bfloat16 gets the vocabulary of a small helper. The writing process is
 watched from outside, twenty times a second, for its anonymous memory (pages of mapped files are not in it). It takes turns with
@@ -9,6 +13,7 @@ file system; the share of the source that lies in it before each side begins is 
 """
 import argparse, ctypes, json, mmap, os, shutil, subprocess, sys, tempfile, time
 from pathlib import Path
+import numpy as np
 import pandas as pd
 import psutil
 import torch
@@ -16,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, PreTrainedTokenizerFast
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.layout import layout
+from seqwarm.core.plan import OPS
 from seqwarm.core.vocab import load_tokenizer
 from seqwarm.core.write import write
 from seqwarm.methods.clp import clp
@@ -122,10 +128,70 @@ def writing(o: argparse.Namespace) -> None:
     print(f"ratio {table.ratio.median():.2f} (at most {table.ratio.max():.2f}), anonymous memory up to {table.peak_anon_GB.max():.2f} GB")
     if o.out: table.to_csv(o.out, mode="a", header=not Path(o.out).exists(), index=False)
 
+def spaces(target: int, source: int, shared: int, d: int, D: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    "Tables of source and helper, float32, related by a noisy linear map; origin and anchors. Helper rows lean one way, as trained ones do."
+    g = torch.Generator().manual_seed(0)
+    H = torch.randn(target, d, generator=g) + 0.5*torch.randn(d, generator=g)
+    S = torch.randn(source, D, generator=g)
+    origin = torch.full((target,), -1); anchors = torch.randperm(target, generator=g)[:shared].sort().values
+    origin[anchors] = torch.randperm(source, generator=g)[:shared]
+    S[origin[anchors]] = H[anchors] @ torch.randn(d, D, generator=g)/d**0.5 + 0.3*S[origin[anchors]]
+    return S, H, origin, anchors
+
+def in_a_loop(S: torch.Tensor, H: torch.Tensor, origin: torch.Tensor, anchors: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    "Token by token, as the formula is read: cosines to all shared tokens, then their weighted mean (numpy's products, both cores)."
+    A, C = S[origin[anchors]].numpy(), H[anchors].numpy()
+    length, rows = np.linalg.norm(C, axis=1), []
+    for i in ids.tolist():
+        h = H[i].numpy()
+        c = C @ h/(length*np.linalg.norm(h))
+        rows.append((c/c.sum()) @ A)
+    return torch.tensor(np.stack(rows))
+
+def dense(S: torch.Tensor, H: torch.Tensor, origin: torch.Tensor, anchors: torch.Tensor, ids: torch.Tensor,
+          batch: int = 2048) -> torch.Tensor:
+    "The same by matrix products of missing x shared, in batches."
+    A, unit = S[origin[anchors]], torch.nn.functional.normalize(H[anchors], dim=1)
+    rows = []
+    for part in ids.split(batch):
+        c = torch.nn.functional.normalize(H[part], dim=1) @ unit.T
+        rows.append(c/c.sum(1, keepdim=True) @ A)
+    return torch.cat(rows)
+
+def rules(o: argparse.Namespace) -> None:
+    S, H, origin, anchors = spaces(o.target, o.source, o.shared, o.helper_width, o.width)
+    ids, some = torch.nonzero(origin == -1)[:, 0], torch.nonzero(origin == -1)[:, 0][:500]
+    make = lambda op: OPS[op](*((S, H)), shape=(len(origin), S.shape[1]), origin=origin, anchors=anchors)
+    exact = dense(S.double(), H.double(), origin, anchors, some)
+    error = lambda x: float(((x.double() - exact).norm(dim=1)/exact.norm(dim=1)).max())
+    sides = {"loop": lambda: in_a_loop(S, H, origin, anchors, some), "dense": lambda: dense(S, H, origin, anchors, ids),
+             **{op: (lambda op=op: make(op)) for op in ("embed.clp", "embed.guarded", "embed.lstsq", "embed.procrustes")}}
+    rows = []
+    for i in range(o.rounds):
+        for name, f in list(sides.items())[::1 if i % 2 else -1]:
+            begun = time.perf_counter(); x = f(); seconds = time.perf_counter() - begun
+            new = x if name == "loop" else x[:500] if name == "dense" else x[some]
+            same = name in ("loop", "dense", "embed.clp")
+            if name == "loop": seconds *= len(ids)/len(some)
+            rows.append(dict(round=i, side=name, seconds=seconds, error=error(new) if same else None))
+            print(rows[-1], flush=True)
+    table = pd.DataFrame(rows)
+    table = table.assign(**{f"{other}/this": table.merge(table[table.side == other], on="round", suffixes=("", "_other")).pipe(
+        lambda t: t.seconds_other/t.seconds).to_numpy() for other in ("loop", "dense")})
+    table = table.groupby("side", sort=False).median(numeric_only=True).drop(columns="round").reset_index()
+    table = table.assign(target=o.target, source=o.source, shared=o.shared, helper_width=o.helper_width, width=o.width, rounds=o.rounds,
+                         threads=torch.get_num_threads(), torch=torch.__version__)
+    print(table.to_string(index=False))
+    if o.out: table.to_csv(o.out, index=False)
+
 def main() -> None:
     if sys.argv[1:2] == ["child"]: return child(*sys.argv[2:])
     a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parts = a.add_subparsers(dest="part", required=True)
+    r = parts.add_parser("rows"); r.set_defaults(run=rules)
+    for name, n in dict(rounds=3, target=50_000, source=50_000, shared=12_000, helper_width=768, width=1600).items():
+        r.add_argument("--" + name.replace("_", "-"), type=int, default=n)
+    r.add_argument("--out", help="the table's file")
     w = parts.add_parser("write"); w.set_defaults(run=writing)
     w.add_argument("--rounds", type=int, default=3); w.add_argument("--layers", type=int, default=30)
     w.add_argument("--untied", action="store_true")
