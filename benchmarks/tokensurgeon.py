@@ -114,7 +114,7 @@ def trained(path: Path, tokenizer, text: str, valid: str | None, o: argparse.Nam
 
 def toys(store: Path, seed: int) -> tuple[Path, Path, str]:
     "Two small trained models of the toy world, and the corpus of the second one's language."
-    texts = dict(source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
+    texts = dict(source_text="world:a", target_text="world:b", source_valid=None, target_valid=None, match="exact", wake=0)
     p = sized("demo", seeds=[seed], heads=4, **texts)
     both = existing(p, store, Language(p.source_text, None, p), Language(p.target_text, None, p), seed, {})
     return both["source"].path, both["helper"].path, p.target_text
