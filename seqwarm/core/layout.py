@@ -147,7 +147,7 @@ class Layout:
         "The tensor that holds the numbers of `t`: itself, unless it is tied."
         return self.storage(self.tensors[t.tied]) if t.tied else t
 
-# %% ../../nbs/core/05_layout.ipynb #2cf75a1d
+# %% ../../nbs/core/05_layout.ipynb #85752a38
 def _find(self: Layout,
           role: str,                  # a role, or a pattern with stars
           stack: str | None = None,   # any, or only this
@@ -158,10 +158,11 @@ def _find(self: Layout,
             if fnmatchcase(t.role, role) and stack in (None, t.stack) and layer in (None, t.layer)]
 
 def _one(self: Layout, role: str, stack: str | None = None, layer: int | None = None) -> Tensor:
-    "The one tensor of a role; stored ones go before tied ones."
+    "The one tensor of a role; stored ones go before tied ones, an encoder's words before a decoder's."
     found = self.find(role, stack, layer)
     if not found: raise unknown(f"tensor in {self.architecture} of role", role, {t.role for t in self.tensors.values()})
     stored = [t for t in found if not t.tied] or found
+    if role == "embed.token" and len(stored) > 1: stored = [t for t in stored if t.stack == "encoder"] or stored
     if len(stored) > 1: raise Refusal(f"{self.architecture} has {len(stored)} tensors of role {role}", "say of which stack or layer")
     return stored[0]
 

@@ -144,7 +144,7 @@ def _config(plan: Plan, dtypes: Iterable[torch.dtype]):
     if len(floating) == 1: config.dtype = floating.pop()
     return config
 
-# %% ../../nbs/core/22_write.ipynb #accb9522
+# %% ../../nbs/core/22_write.ipynb #92e24d86
 _ROOM = 1 << 24   # bytes, for what lies beside the weights
 
 def write(plan: Plan,
@@ -181,14 +181,24 @@ def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[
     config.save_pretrained(folder)
     if plan.generation is not None:
         write_whole(folder/"generation_config.json", plan.generation | {"transformers_version": transformers.__version__})
-    if tokenizer is not None: tokenizer.save_pretrained(folder)
+    _tokenizer(tokenizer, config.model_type, folder)
     plan.save(folder)
     for name, content in extra.items():
         if (folder/name).exists() or name.startswith("model") or name == "seqwarm.json":
             raise Refusal(f"{name} is a file of the checkpoint itself", "choose another name")
         write_whole(folder/name, content)
 
-# %% ../../nbs/core/22_write.ipynb #99680b58
+def _tokenizer(tokenizer: Any, kind: str, folder: Path) -> None:
+    "Save a tokenizer so that AutoTokenizer loads it as what it is, whatever the model's type."
+    if tokenizer is None: return
+    from transformers.models.auto import tokenization_auto as auto
+    tokenizer.save_pretrained(folder)
+    forced = auto.TOKENIZER_MAPPING_NAMES.get(kind) if kind in getattr(auto, "MODELS_WITH_INCORRECT_HUB_TOKENIZER_CLASS", ()) else None
+    if forced in (None, "TokenizersBackend", type(tokenizer).__name__): return
+    content = json.loads((folder/"tokenizer_config.json").read_text(encoding="utf-8"))
+    write_whole(folder/"tokenizer_config.json", content | {"auto_map": []})
+
+# %% ../../nbs/core/22_write.ipynb #cfb93843
 def build(plan: Plan,
           sources: Mapping[str, Any],     # alias -> something with .names, .shape and .read
           ) -> torch.nn.Module:           # a model of transformers, in eval mode
@@ -222,6 +232,6 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
     "Write a trained model with tokenizer and card; the folder is whole, or not there."
     with whole_folder(out) as tmp:
         with _quiet(): model.save_pretrained(tmp)
-        if tokenizer is not None: tokenizer.save_pretrained(tmp)
+        _tokenizer(tokenizer, model.config.model_type, tmp)
         card.sealed(fingerprint([file_fingerprint(f) for f in sorted(tmp.glob("model*.safetensors"))])).write(tmp)
     return Checkpoint(out)

@@ -36,20 +36,23 @@ def _arrays(both: Overlap, source_zero: Tensor, helper_zero: Tensor, rows: int) 
     if not anchors: raise Refusal("no shared token has a row in both models", "do the tokenizers belong to the models?")
     return {"origin": origin, "anchors": torch.tensor(sorted(anchors))}
 
-# %% ../../nbs/methods/10_clp.ipynb #8a53e117
+# %% ../../nbs/methods/10_clp.ipynb #1a0e48f6
 _ROLES = ("unk", "mask", "cls", "sep", "bos", "eos", "pad")   # the last word is the pad's, where one token has several roles
 _LISTS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids", "force_words_ids", "forced_decoder_ids", "sequence_bias")
 
+_ALSO = {"bos": "cls", "eos": "sep", "cls": "bos", "sep": "eos"}   # who serves where a tokenizer lacks a role
+
 def _ids(content: dict, both: Overlap, theirs: Any) -> dict:
     "A config's token ids in the new vocabulary: by role, others through the special token they meant."
+    serves = {r: both.roles[x][1] for r in _ROLES for x in (_ALSO.get(r), r) if x in both.roles}
     role_of = {getattr(theirs, f"{r}_token_id", None): r for r in _ROLES}
-    moved = dict(zip(both.special_source, both.special_target)) | {s: both.roles[r][1] for s, r in role_of.items() if r in both.roles}
-    first = next((both.roles[r][1] for r in ("bos", "cls", "pad", "eos") if r in both.roles), None)
+    moved = dict(zip(both.special_source, both.special_target)) | {s: serves[r] for s, r in role_of.items() if r in serves}
+    first = next((serves[r] for r in ("bos", "pad", "eos") if r in serves), None)
     new = dict(content) | {key: None for key in _LISTS if content.get(key) is not None}
     for key, old in content.items():
         role = key.removesuffix("_token_id")
         if not key.endswith("_token_id"): continue
-        if role in both.roles: new[key] = [both.roles[role][1]] if isinstance(old, list) else both.roles[role][1]
+        if role in both.roles or (role in serves and old is not None): new[key] = [serves[role]] if isinstance(old, list) else serves[role]
         elif role in _ROLES: new[key] = None
         elif isinstance(old, int): new[key] = moved.get(old, first if role == "decoder_start" else None)
     for role in ("bos", "eos", "pad"):
@@ -82,7 +85,7 @@ def _checked(both: Overlap, ours: Any, helper_rows: int) -> None:
                              f"and its model only {helper_rows} rows", "do tokenizer and model belong together?")
     if not both.missing: raise Refusal("the source knows every token of the helper already", "go on training it with its own tokenizer")
 
-# %% ../../nbs/methods/10_clp.ipynb #12a8c4f5
+# %% ../../nbs/methods/10_clp.ipynb #93f39919
 def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words: dict[str, Any], options: dict) -> dict[str, Tensor]:
     "flat, offsets (and weights) of the missing tokens, for the methods whose weights are told beforehand."
     missing = torch.nonzero(arrays["origin"] == -1)[:, 0]
@@ -97,9 +100,9 @@ def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words
 
 def _shifted(source: Checkpoint, config: dict) -> int:
     "By how many rows positions move, where they begin behind the padding id."
-    first = source.layout.table.first_position
-    if source.layout.table.begin is None and config.get("pad_token_id") is None:
-        raise Refusal(f"{source.architecture} counts positions from the padding id, and the helper's tokenizer has no padding token",
+    first, decodes = source.layout.table.first_position, {"encoder", "decoder"} <= set(source.layout.layers)
+    if (decodes or source.layout.table.begin is None) and config.get("pad_token_id") is None:
+        raise Refusal(f"{source.architecture} does not work without a padding token, and the helper's tokenizer has none",
                       "add one to the helper's tokenizer")
     return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 

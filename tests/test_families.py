@@ -1,0 +1,25 @@
+"Every family through CLP (tests/families.py), and the table of results/ that says so."
+import csv
+import pytest, torch
+from families import CASES, CHECKS, TABLE, Shop, lines
+from seqwarm.core.layout import _families
+from transformers.utils import logging
+
+@pytest.fixture(scope="module")
+def shop(tmp_path_factory):
+    "All cases, each made once; one thread, as for models this small several only wait for each other."
+    threads, level, bars = torch.get_num_threads(), logging.get_verbosity(), logging.is_progress_bar_enabled()
+    torch.set_num_threads(1); logging.set_verbosity_error(); logging.disable_progress_bar()
+    yield Shop(tmp_path_factory.mktemp("families"))
+    torch.set_num_threads(threads); logging.set_verbosity(level)
+    if bars: logging.enable_progress_bar()
+
+@pytest.mark.parametrize("check", CHECKS)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_family(case, check, shop): assert shop.cell(case, check) == "yes"
+
+def test_every_family_is_in_the_table(): assert {c.kind for c in CASES} == set(_families())
+
+def test_the_table_is_what_was_found(shop):
+    with open(TABLE, newline="") as f: committed = list(csv.DictReader(f))
+    assert committed == lines(shop), "python tests/families.py writes it anew"
