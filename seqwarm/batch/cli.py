@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #eb7e006d
+# %% ../../nbs/batch/40_cli.ipynb #60b2b0f5
 _METHODS = "random, mean, overlap, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
@@ -89,6 +89,8 @@ def _clp(source: Annotated[str, typer.Argument(help="The large model: a checkpoi
          seed: Annotated[int, typer.Option(help="Of random rows.")] = 0,
          dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and report, and write nothing.")] = False) -> None:
     "Write a large model of one language with the vocabulary of another (CLP-Transfer)."
+    for who, what in (("source", source), ("helper", helper)):
+        if not what.strip(): raise Refusal(f"the name of the {who} is empty", "give a checkpoint's folder, or a name on the hub")
     if out is None and not dry_run: raise Refusal("no folder is named to write to", "add OUT, or --dry-run")
     if out is not None: _place(out)
     _say(f"reading {source} and {helper}")
@@ -96,15 +98,21 @@ def _clp(source: Annotated[str, typer.Argument(help="The large model: a checkpoi
     options = {k: v for k, v in dict(top_k=top_k, temperature=temperature, ridge=ridge).items() if v is not None}
     if source_vectors or helper_vectors or dictionary: options |= dict(vectors=(source_vectors, helper_vectors), dictionary=dictionary)
     new = transfer(source, helper, corpus, method=method, match=match, norm=norm_correct, pad_to=pad_to, seed=seed, **options)
-    print(*new.told(), sep="\n", flush=True)
+    _show(new.told())
     if dry_run: return
     _say(f"writing {out}")
     new.write(out)
-    print(f"written to {out}; open {Path(out)/'report.html'}")
+    _show([f"written to {out}; open {Path(out)/'report.html'}"])
+
+def _show(lines: list[str]) -> None:
+    "Print; where nobody reads any more (`| head`), the work goes on all the same."
+    try: print(*lines, sep="\n", flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 def _place(out: str) -> None:
     "Refuse, before anything is read, a folder that is there or cannot be made."
-    if not out.strip(): raise Refusal("the name of the new folder is empty", "name one")
+    name = os.fsencode(Path(out).name)
+    if not out.strip() or b"\0" in name or len(name) > 200: raise Refusal(f"{out[:40]!r} cannot name a folder", "choose another name")
     room(out)
     above = next(p for p in Path(out).absolute().parents if os.path.lexists(p))
     if not above.is_dir(): raise Refusal(f"{out} cannot be written: {above} is no folder", "choose another place")

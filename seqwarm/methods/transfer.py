@@ -150,7 +150,7 @@ def _warnings(f: dict[str, Any]) -> list[str]:
     lost = [k for k, (_, new) in f["ids"].items() if new is None and k != "sep_token_id"]
     return [text for told, text in said if told] + [f"{k} has no counterpart in the new tokenizer and is empty" for k in lost]
 
-# %% ../../nbs/methods/12_transfer.ipynb #2ed7ba6e
+# %% ../../nbs/methods/12_transfer.ipynb #8f2347c0
 def report(plan: Plan,                           # from `clp`
            sources: Mapping[str, Checkpoint],    # "source" and "helper"
            corpus: str | None = None,            # a corpus string in the target's language: whose tokens are how far shared
@@ -159,7 +159,7 @@ def report(plan: Plan,                           # from `clp`
     "What a transfer makes of the vocabulary; `guarded` are the rows that the guard holds, or would hold."
     source, helper = sources["source"], sources["helper"]
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
-    counts = _counts(corpus, ours) if corpus else None
+    counts = None if corpus is None else _counts(corpus, ours)
     name, embed = source.layout.one("embed.token").name, helper.layout.one("embed.token").name
     H, E, kind = helper.read(embed), source.read(name), _kinds(plan, set(_specials(ours)))
     table = plan.make(name, sources).movedim(source.layout.tensors[name].axes.index("vocab"), 0)
