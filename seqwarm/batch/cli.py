@@ -68,20 +68,21 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #60b2b0f5
-_METHODS = "random, mean, overlap, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
+# %% ../../nbs/batch/40_cli.ipynb #003da8b4
+_METHODS = "random, overlap, mean, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
-def _clp(source: Annotated[str, typer.Argument(help="The large model: a checkpoint's folder, or a name on the Hugging Face hub.")],
-         helper: Annotated[str, typer.Argument(help="A small model of the new language, of any family and width; its tokenizer is kept.")],
-         out: Annotated[str | None, typer.Argument(help="A new folder, for the new checkpoint and its report.")] = None,
+def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large model: a checkpoint's folder, or a name on the hub.")],
+         helper: Annotated[str, typer.Argument(metavar="HELPER", help="A small model of the new language, of any family and width; "
+                                               "its tokenizer is kept.")],
+         out: Annotated[str | None, typer.Argument(metavar="[OUT]", help="A new folder, for the new checkpoint and its report.")] = None,
          method: Annotated[str, typer.Option(help=f"How new rows are made: {_METHODS}.")] = "guarded",
          match: Annotated[str, typer.Option(help="exact: tokens are shared by their string; canonical: by the text they mean.")] = "exact",
          top_k: Annotated[int | None, typer.Option(help="Nearest tokens that count (softmax, wechsel).")] = None,
          temperature: Annotated[float | None, typer.Option(help="Of the weights (softmax, clp+, wechsel).")] = None,
          ridge: Annotated[float | None, typer.Option(help="Share of the mean eigenvalue that is added (lstsq).")] = None,
          norm_correct: Annotated[bool, typer.Option("--norm-correct", help="Bring new rows to the length of copied ones.")] = False,
-         corpus: Annotated[str | None, typer.Option(help="A corpus string of the new language, whose shared tokens are counted.")] = None,
+         corpus: Annotated[str | None, typer.Option(help="A text in the new language, whose shared tokens are counted: text:PATH.")] = None,
          source_vectors: Annotated[str | None, typer.Option(help="Word vectors of the source's language (wechsel).")] = None,
          helper_vectors: Annotated[str | None, typer.Option(help="Word vectors of the new language (wechsel).")] = None,
          dictionary: Annotated[str | None, typer.Option(help="Pairs of words, source first, a line each (wechsel).")] = None,
