@@ -11,10 +11,11 @@ from seqwarm.core import files
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.errors import Refusal
+from seqwarm.core.overlap import overlap
 from seqwarm.core.plan import Plan
 from seqwarm.core.record import Run
 from seqwarm.core.train import Stage, train
-from seqwarm.core.vocab import load_tokenizer, overlap, train_tokenizer
+from seqwarm.core.vocab import load_tokenizer, train_tokenizer
 from seqwarm.core.write import save, write
 from seqwarm.methods.clp import clp
 sys.path.insert(0, str(Path(__file__).parent))

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['app', 'main']
 
-# %% ../../nbs/batch/40_cli.ipynb #fa073fc3
-import json, shutil, sys
+# %% ../../nbs/batch/40_cli.ipynb #7d91b2f4
+import json, os, shutil, signal, sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 import typer
@@ -68,20 +68,21 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #c1dc7044
-_METHODS = "random, mean, overlap, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
+# %% ../../nbs/batch/40_cli.ipynb #473b1354
+_METHODS = "random, overlap, mean, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
-def _clp(source: Annotated[str, typer.Argument(help="The large model: a checkpoint's folder, or a name on the Hugging Face hub.")],
-         helper: Annotated[str, typer.Argument(help="A small model of the new language, of any family and width; its tokenizer is kept.")],
-         out: Annotated[str | None, typer.Argument(help="A new folder, for the new checkpoint and its report.")] = None,
+def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large model: a checkpoint's folder, or a name on the hub.")],
+         helper: Annotated[str, typer.Argument(metavar="HELPER", help="A small model of the new language, of any family and width; "
+                                               "its tokenizer is kept.")],
+         out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the new checkpoint and its report.")] = None,
          method: Annotated[str, typer.Option(help=f"How new rows are made: {_METHODS}.")] = "guarded",
          match: Annotated[str, typer.Option(help="exact: tokens are shared by their string; canonical: by the text they mean.")] = "exact",
          top_k: Annotated[int | None, typer.Option(help="Nearest tokens that count (softmax, wechsel).")] = None,
          temperature: Annotated[float | None, typer.Option(help="Of the weights (softmax, clp+, wechsel).")] = None,
          ridge: Annotated[float | None, typer.Option(help="Share of the mean eigenvalue that is added (lstsq).")] = None,
          norm_correct: Annotated[bool, typer.Option("--norm-correct", help="Bring new rows to the length of copied ones.")] = False,
-         corpus: Annotated[str | None, typer.Option(help="A corpus string of the new language, whose shared tokens are counted.")] = None,
+         corpus: Annotated[str | None, typer.Option(help="A text in the new language, whose shared tokens are counted: text:PATH.")] = None,
          source_vectors: Annotated[str | None, typer.Option(help="Word vectors of the source's language (wechsel).")] = None,
          helper_vectors: Annotated[str | None, typer.Option(help="Word vectors of the new language (wechsel).")] = None,
          dictionary: Annotated[str | None, typer.Option(help="Pairs of words, source first, a line each (wechsel).")] = None,
@@ -89,16 +90,38 @@ def _clp(source: Annotated[str, typer.Argument(help="The large model: a checkpoi
          seed: Annotated[int, typer.Option(help="Of random rows.")] = 0,
          dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and report, and write nothing.")] = False) -> None:
     "Write a large model of one language with the vocabulary of another (CLP-Transfer)."
+    for who, what in (("source", source), ("helper", helper)):
+        if not what.strip(): raise Refusal(f"the name of the {who} is empty", "give a checkpoint's folder, or a name on the hub")
     if out is None and not dry_run: raise Refusal("no folder is named to write to", "add OUT, or --dry-run")
-    if out is not None: room(out)
+    if out is not None: _place(out)
+    _say(f"reading {source} and {helper}")
     from seqwarm.methods.transfer import transfer
     options = {k: v for k, v in dict(top_k=top_k, temperature=temperature, ridge=ridge).items() if v is not None}
     if source_vectors or helper_vectors or dictionary: options |= dict(vectors=(source_vectors, helper_vectors), dictionary=dictionary)
     new = transfer(source, helper, corpus, method=method, match=match, norm=norm_correct, pad_to=pad_to, seed=seed, **options)
-    print(*new.told(), sep="\n")
+    _show(new.told())
     if dry_run: return
+    _say(f"writing {out}")
     new.write(out)
-    print(f"written to {out}; open {out}/report.html")
+    _show([f"written to {out}; open {Path(out)/'report.html'}"])
+
+def _show(lines: list[str]) -> None:
+    "Print; where nobody reads any more (`| head`), the work goes on all the same."
+    try: print(*lines, sep="\n", flush=True)
+    except BrokenPipeError: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+def _place(out: str) -> None:
+    "Refuse, before anything is read, a folder that is there or cannot be made."
+    name = os.fsencode(Path(out).name)
+    if not out.strip() or b"\0" in name or len(name) > 200: raise Refusal(f"{out[:40]!r} cannot name a folder", "choose another name")
+    room(out)
+    above = next(p for p in Path(out).absolute().parents if os.path.lexists(p))
+    if not above.is_dir(): raise Refusal(f"{out} cannot be written: {above} is no folder", "choose another place")
+    if not os.access(above, os.W_OK | os.X_OK): raise Refusal(f"{out} cannot be written: {above} is closed to you", "choose another place")
+
+def _say(what: str) -> None:
+    "What is being done, for those who wait at a terminal."
+    if sys.stderr.isatty(): print(f"seqwarm: {what} ...", file=sys.stderr, flush=True)
 
 # %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")
@@ -146,15 +169,18 @@ def _fetch(model: str) -> Path:
         do = "check the name, or download the model first"
         raise Refusal(f"{model} is no folder here, and was not found on the hub ({said})", do) from None
 
-# %% ../../nbs/batch/40_cli.ipynb #91f4b1e5
+# %% ../../nbs/batch/40_cli.ipynb #1ba76e29
 @app.callback(invoke_without_command=True)
 def _top(version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False) -> None:
     if version: print(f"seqwarm {__version__}"); raise typer.Exit()
+
+def _terminated(*_: object) -> None: raise SystemExit(143)
 
 def main(args: list[str] | None = None) -> int:  # the exit code, when called from Python
     "The `seqwarm` command."
     args, console = (sys.argv[1:], True) if args is None else (args, False)
     line, code = "", 0
+    if console: signal.signal(signal.SIGTERM, _terminated)
     try:
         result = typer.main.get_command(app).main(args=_pairs(args), prog_name="seqwarm", standalone_mode=False)
         code = result if isinstance(result, int) else 0
@@ -168,7 +194,7 @@ def main(args: list[str] | None = None) -> int:  # the exit code, when called fr
         if not hasattr(e, "format_message"): raise  # what typer says of a wrong command line
         line, code = f"{e.format_message()} (seqwarm --help says more)", 2
         if type(e).__name__ == "NoArgsIsHelpError": print(e.format_message()); line = ""
-    if code == 130: line = "stopped; the same command goes on where it was"
+    if code in (130, 143): line = "stopped; " + ("the same command goes on where it was" if args[:1] == ["run"] else "nothing was written")
     if line: print("seqwarm: " + " ".join(line.split()), file=sys.stderr)
     if console: sys.exit(code)
     return code

@@ -83,7 +83,7 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
                       "convert them where you trust them: AutoModel.from_pretrained(IN).save_pretrained(OUT) with the model's own class")
     raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model?")
 
-# %% ../../nbs/core/20_checkpoint.ipynb #d00ad8dc
+# %% ../../nbs/core/20_checkpoint.ipynb #c5195abd
 def _folder(path: str | Path) -> Path:
     "The local folder of a checkpoint, downloaded if `path` is a name on the hub."
     if Path(path).is_dir(): return Path(path)
@@ -101,6 +101,12 @@ def _own_code(config: dict, path: Any) -> None:
     from transformers import CONFIG_MAPPING
     if config.get("auto_map") and config.get("model_type") not in CONFIG_MAPPING:
         raise Refusal(f"{path} wants to run code of its own (auto_map), which is never done here", "use a checkpoint of a built-in family")
+    if config.get("quantization_config"):
+        raise Refusal(f"{path} is quantised, and its tensors are not those of its family", "take the one that was not, or dequantise it")
+
+def _adapter(folder: Path) -> None:
+    if (folder/"adapter_config.json").exists() and not ((folder/"config.json").exists() and any(folder.glob("model*.safetensors*"))):
+        raise Refusal(f"{folder} holds an adapter and no model", "merge it into its base model (peft: merge_and_unload) and save that")
 
 # %% ../../nbs/core/20_checkpoint.ipynb #b1fe12a5
 _PIECE = 1 << 22   # bytes; a multiple of every dtype's size
@@ -116,13 +122,14 @@ def finite(x: torch.Tensor) -> bool:   # on the CPU
     room = np.empty(min(n, len(bits)), bits.dtype)
     return all(np.bitwise_and(part, mask, out=room[:len(part)]).max() < mask for part in (bits[i:i + n] for i in range(0, len(bits), n)))
 
-# %% ../../nbs/core/20_checkpoint.ipynb #7e19f2c7
+# %% ../../nbs/core/20_checkpoint.ipynb #baea0c3e
 class Checkpoint:
     "A checkpoint on disk: names and shapes at once, numbers when they are asked for."
     def __init__(self,
                  path: str | Path,                    # a folder, or a name on the hub
                  architecture: str | None = None):    # class of the model; by default what its config says
         self.path, self.origin = _folder(path), str(path)
+        _adapter(self.path)
         raw = _json(self.path/"config.json")
         _own_code(raw, path)
         self._files, plain = _places(self.path), layout(raw, architecture)
@@ -201,7 +208,7 @@ def _pieces(self: Checkpoint,
 
 Checkpoint.pieces = _pieces
 
-# %% ../../nbs/core/20_checkpoint.ipynb #06f8cfcc
+# %% ../../nbs/core/20_checkpoint.ipynb #971c5ba6
 @dataclass
 class Card:
     "What a checkpoint is, whence it comes, what it cost."
@@ -227,6 +234,10 @@ class Card:
     def load(cls, folder: str | Path) -> "Card":
         "The card that lies in a folder."
         data = _json(Path(folder)/"seqwarm.json")
-        try: return cls(**data)
+        try:
+            card = cls(**data)
+            for name, kind in dict(name=str, id=str, parents=list, cost=dict, ancestors=dict).items():
+                if not isinstance(getattr(card, name), kind): raise TypeError(f"its {name} is no {kind.__name__}")
+            return card
         except TypeError as e:
             raise Refusal(f"{Path(folder)/'seqwarm.json'} is no card ({e})", "take it away, or write the checkpoint again") from e

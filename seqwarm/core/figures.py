@@ -95,7 +95,7 @@ def share_bars(shares: dict[str, dict[str, float]],   # bar -> part -> amount
                     text=[f"{a:,.4g}" for a in amounts])
     return fig.update_layout(template="seqwarm", title=title, barmode="stack", xaxis_title=unit, height=160 + 60 * len(shares))
 
-# %% ../../nbs/core/95_figures.ipynb #ead03e3e
+# %% ../../nbs/core/95_figures.ipynb #8f31a449
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1{line-height:1.2}
 pre{background:#f5f5f2;padding:1rem;overflow-x:auto;border-radius:6px}
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
@@ -109,13 +109,13 @@ def page(title: str,
     out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
            f"<title>{escape(title)}</title>"
            f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script><h1>{escape(title)}</h1>"]
-    for block in blocks:
+    for k, block in enumerate(blocks):
         if isinstance(block, str): out.append(f"<p>{escape(block)}</p>")
         elif isinstance(block, list): out.append("<pre>" + escape("\n".join(block)) + "</pre>")
         elif isinstance(block, pd.DataFrame):
             out.append(block.to_html(index=False, border=0, na_rep="-", float_format=lambda x: f"{x:.4g}"))
         else:
             fig, caption = block
-            drawn = fig.to_html(full_html=False, include_plotlyjs=False, config=dict(responsive=True))
+            drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{k}", config=dict(responsive=True))
             out.append(f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>")
     return "\n".join(out) + "</html>\n"

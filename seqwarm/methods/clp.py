@@ -18,9 +18,12 @@ from ..core.vocab import load_tokenizer
 from .embed import METHODS
 from .wechsel import wechsel
 
-# %% ../../nbs/methods/10_clp.ipynb #f9ffd5c2
+# %% ../../nbs/methods/10_clp.ipynb #a47991fb
 def _unlearned(checkpoint: Checkpoint, name: str) -> Tensor:
-    "(rows,) bool: the rows of an embedding that are zero; NaN and infinity are refused."
+    "(rows,) bool: the rows of an embedding that are zero; NaN and infinity are refused, and numbers that rows cannot be made of."
+    if (kind := checkpoint.dtype(name)) not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        kind = str(kind).removeprefix("torch.")
+        raise Refusal(f"{name} of {checkpoint.origin} is stored as {kind}", "take the checkpoint that was not quantised")
     rows, step = checkpoint.shape(name)[0], 1 << 14
     parts = [checkpoint.read(name, slice(i, min(i + step, rows)), finite=True) for i in range(0, rows, step)]
     return torch.cat([(x == 0).all(1) for x in parts])
@@ -106,7 +109,7 @@ def _shifted(source: Checkpoint, config: dict) -> int:
                       "add one to the helper's tokenizer")
     return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 
-# %% ../../nbs/methods/10_clp.ipynb #e2e4d563
+# %% ../../nbs/methods/10_clp.ipynb #5e4e7b76
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -126,6 +129,7 @@ def clp(source: Checkpoint,              # the large model of the other language
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
     both, E, H = overlap(theirs, ours, match), source.layout.one("embed.token"), helper.layout.one("embed.token")
     _checked(both, ours, H.shape[0])
+    if pad_to > both.size: raise Refusal(f"pad_to cannot be {pad_to}", f"give at most the number of the helper's tokens, {both.size:,}")
     rows = -(-both.size//pad_to)*pad_to
     arrays = _arrays(both, _unlearned(source, E.name), _unlearned(helper, H.name), rows)
     if rule.op == "embed.mix":

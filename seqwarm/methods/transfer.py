@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report', 'Transfer', 'transfer']
 
-# %% ../../nbs/methods/12_transfer.ipynb #dae2b0e9
+# %% ../../nbs/methods/12_transfer.ipynb #d8445c9c
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,21 +17,24 @@ import pandas as pd
 import torch
 from ..core.checkpoint import Checkpoint
 from ..core.corpus import documents, parse
+from ..core.errors import Refusal
 from ..core.figures import norm_histogram, page, share_bars
+from ..core.overlap import _specials
 from ..core.plan import Plan
+from ..core.record import _plain
 from ..core.vocab import load_tokenizer
 from ..core.write import write
 from .clp import clp
-from .embed import _helper, _normaliser, weights
+from .embed import METHODS, _helper, _normaliser, weights
 
-# %% ../../nbs/methods/12_transfer.ipynb #fc0acc0c
+# %% ../../nbs/methods/12_transfer.ipynb #2ba59a21
 _CHUNK = 1024   # rows at once
 
-def _kinds(plan: Plan) -> pd.Series:
+def _kinds(plan: Plan, special: set[int]) -> pd.Series:
     "For each row of the new table: shared, special, new or padding."
-    origin, anchors = plan.arrays["origin"], plan.arrays["anchors"]
-    kind = pd.Series("special", index=range(len(origin)))
-    kind[(origin == -1).numpy()] = "new"; kind[(origin == -2).numpy()] = "padding"; kind[anchors.numpy()] = "shared"
+    origin = plan.arrays["origin"].numpy()
+    kind = pd.Series(np.select([origin == -2, origin == -1], ["padding", "new"], "shared"))
+    kind[(origin >= 0) & kind.index.isin(special)] = "special"
     return kind
 
 def _sums(H: torch.Tensor, E: torch.Tensor, arrays: Mapping, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
@@ -55,62 +58,81 @@ def _weight_facts(plan: Plan, row: Any, H: torch.Tensor, E: torch.Tensor, new: t
     return dict(negative=float((w.clamp_max(0).abs().sum(1)/size).median()),
                 effective_anchors=float((size.square()/w.square().sum(1)).median()))
 
-# %% ../../nbs/methods/12_transfer.ipynb #e10359d3
-def _row_facts(table: torch.Tensor, kind: pd.Series, axis: int) -> tuple[dict[str, Any], np.ndarray]:
+# %% ../../nbs/methods/12_transfer.ipynb #3975d8ae
+_ROWS = 1024   # that the rank is told from
+
+def _rank(rows: torch.Tensor) -> tuple[int, int]:
+    "In how many directions rows (n, D) differ, and in how many they could; told from rows that are spread over all."
+    x = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).long()].double()
+    n, D = x.shape
+    noise = max(torch.finfo(rows.dtype).eps, 1e-5)*float(x.square().mean().sqrt())*(n**0.5 + D**0.5)
+    x = x - x.mean(0)
+    eigen = torch.linalg.eigvalsh(x @ x.T if n < D else x.T @ x)
+    return int((eigen > noise**2).sum()), min(n - 1, D)
+
+def _row_facts(table: torch.Tensor, kind: pd.Series) -> tuple[dict[str, Any], np.ndarray]:
     "Norms, spread and rank of the new rows beside the copied ones; and the norm of every row."
-    table = table.movedim(axis, 0)
-    norms = torch.cat([x.float().norm(dim=1) for x in table.split(_CHUNK)]).numpy()
+    norms = torch.cat([x.double().norm(dim=1) for x in table.split(_CHUNK)]).numpy()
     at = {k: torch.tensor(kind.index[kind == k].to_numpy()) for k in ("shared", "new")}
     mean = {k: torch.stack([table[ids].double().sum(0) for ids in i.split(_CHUNK)]).sum(0)/len(i) for k, i in at.items()}
     spread = {k: float(sum((table[ids].double() - mean[k]).square().sum() for ids in i.split(_CHUNK))/len(i))**0.5 for k, i in at.items()}
-    gram = torch.zeros(table.shape[1], table.shape[1])
-    for ids in at["new"].split(_CHUNK): x = table[ids].float() - mean["new"].float(); gram += x.T @ x
-    eigen = torch.linalg.eigvalsh(gram.double())
     median = {k: float(np.median(norms[i.numpy()])) for k, i in at.items()}
-    return dict(norm_new=median["new"], norm_shared=median["shared"], norm_ratio=median["new"]/max(median["shared"], 1e-30),
-                norm_largest=float(norms[at["new"].numpy()].max()), spread_ratio=spread["new"]/max(spread["shared"], 1e-30),
-                rank=int((eigen > 1e-6*eigen[-1]).sum()), width=table.shape[1]), norms
+    rank, most = _rank(table[at["new"]])
+    return dict(norm_new=median["new"], norm_shared=median["shared"], norm_ratio=median["new"]/max(median["shared"], 1e-300),
+                norm_largest=float(norms[at["new"].numpy()].max()), spread_ratio=spread["new"]/max(spread["shared"], 1e-300),
+                rank=rank, rank_at_most=most), norms
 
-def _nearest(table: torch.Tensor, E: torch.Tensor, ids: list[int], k: int = 5) -> list[list[int]]:
-    "For each row the source ids of highest cosine."
+def _sample(table: torch.Tensor, E: torch.Tensor, new: torch.Tensor, theirs: Any, ours: Any, n: int = 24, k: int = 5) -> list[dict]:
+    "Some new tokens, spread over the vocabulary, with the source tokens whose rows have the highest cosine with theirs."
+    words = [(i, token) for i, token in zip(new.tolist(), ours.convert_ids_to_tokens(new.tolist())) if (token or "").strip("Ġ▁#")]
+    some = [words[i] for i in np.unique(np.linspace(0, len(words) - 1, n).astype(int))] if words else []
     unit = torch.nn.functional.normalize
-    x = unit(table[ids].float(), dim=1)
+    x = unit(table[[i for i, _ in some]].float(), dim=1)
     cos = torch.cat([x @ unit(part.float(), dim=1).T for part in E.split(_CHUNK)], dim=1)
-    return cos.topk(min(k, len(E)), dim=1).indices.tolist()
+    near = cos.topk(min(k, len(E)), dim=1).indices.tolist()
+    spelt = [[theirs.convert_ids_to_tokens(j) or f"row {j}" for j in js] for js in near]
+    return [dict(id=i, token=token, nearest=tokens) for (i, token), tokens in zip(some, spelt)]
 
-# %% ../../nbs/methods/12_transfer.ipynb #6cc0dc01
-def _text_share(corpus: str, tokenizer: Any, kind: pd.Series, limit: int = 2000) -> dict[str, float]:
-    "Shares of the kinds among the tokens of the first documents of each part of a corpus string."
+# %% ../../nbs/methods/12_transfer.ipynb #4060e37d
+_DOCUMENTS = 2000   # of each part of a corpus
+
+def _counts(corpus: str, tokenizer: Any) -> Counter:
+    "How often each token occurs in the first documents of each part of a corpus string."
     counts = Counter()
     for part in parse(corpus):
-        texts = list(islice(documents(part), limit))
-        for spelt in tokenizer(texts, add_special_tokens=False).input_ids if texts else []: counts.update(spelt)
-    found = Counter()
-    for i, n in counts.items(): found[kind[i]] += n
-    total = max(1, sum(found.values()))
-    return {k: found[k]/total for k in ("shared", "special", "new")} | {"tokens": total}
+        texts = islice(documents(part), _DOCUMENTS)
+        while some := list(islice(texts, 100)):
+            for spelt in tokenizer(some, add_special_tokens=False, verbose=False).input_ids: counts.update(spelt)
+    if not counts: raise Refusal(f"the corpus {corpus} holds no text", "name another, or leave it out")
+    return counts
+
+def _text_share(counts: Counter, kind: pd.Series) -> dict[str, float]:
+    "Shares of the kinds among the tokens of a text."
+    ids, total = list(counts), sum(counts.values())
+    found = pd.Series([counts[i] for i in ids]).groupby(kind[ids].to_numpy()).sum()
+    return {k: float(found.get(k, 0)/total) for k in ("shared", "special", "new")} | {"tokens": total}
 
 def _changed_ids(old: Mapping | None, new: Mapping | None) -> dict[str, list]:
     "Config entries for tokens: what they were and what they are."
     pairs = {k: [old.get(k), new.get(k)] for k in (old or {}) if k.endswith(("_token_id", "_tokens", "_words_ids", "_decoder_ids"))}
     return {k: v for k, v in pairs.items() if v[0] is not None and v[0] != v[1]}
 
-# %% ../../nbs/methods/12_transfer.ipynb #4c0ba7bb
+# %% ../../nbs/methods/12_transfer.ipynb #a2d186c3
 def _warnings(f: dict[str, Any]) -> list[str]:
     "What somebody should know before spending a GPU on this start."
     t, r, w = f["tokens"], f["rows"], f["weights"]
-    n = t["new"]
+    n, reads = t["new"], "H" in METHODS[f["method"]].tables     # some methods need no more of the helper than its tokenizer
     canonical = ": try --match canonical" if f["match"] == "exact" else ""
     said = [
-        (f["guarded"] > 0.05*n,
+        (reads and f["guarded"] > 0.05*n,
          f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
         (f["method"] == "clp" and f["guarded"] > 0,
          "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
-        (t["zero_helper"] > 0, f"{t['zero_helper']:,} new tokens have a helper row of zeros, or none, and got the mean row"),
+        (reads and t["zero_helper"] > 0, f"{t['zero_helper']:,} new tokens have a helper row of zeros, or none, and got the mean row"),
         (f["unlearned"] > 0, f"{f['unlearned']:,} shared tokens have a source row of zeros, or none, and count as new"),
         (f["share"] < 0.1, f"only {f['share']:.1%} of the vocabulary is shared{canonical}"),
-        (t["shared"] < f["helper_width"],
-         f"{t['shared']:,} anchors are fewer than the helper is wide ({f['helper_width']}): rules are told from too little"),
+        (reads and t["anchors"] < f["helper_width"],
+         f"{t['anchors']:,} anchors are fewer than the helper is wide ({f['helper_width']}): rules are told from too little"),
         (not 0.5 < r["norm_ratio"] < 2,
          f"new rows are {r['norm_ratio']:.2g} times as long as copied ones: --norm-correct makes them equal"),
         (r["spread_ratio"] < 0.2,
@@ -118,51 +140,50 @@ def _warnings(f: dict[str, Any]) -> list[str]:
         (w.get("negative", 0) > 0.4,
          f"{w.get('negative', 0):.0%} of the weight is negative: rows are differences of anchors more than mixtures"),
         (w.get("without_pieces", 0) > 0.05*n,
-         f"{w.get('without_pieces', 0):,} new tokens cannot be spelt by the source, and got the mean row"),
+         f"{w.get('without_pieces', 0):,} new tokens got the mean row: they "
+         + ("occur in no word that has a vector" if f["method"] == "wechsel" else "cannot be spelt by the source")),
         (f["wraps"][0] != f["wraps"][1],
          f"the source's tokenizer adds {f['wraps'][0]} special tokens to a text and the helper's {f['wraps'][1]}: "
          "the body expects what it was trained with")]
+    said += [(ids < 0.8*rows, f"the {who} has {rows:,} rows and its tokenizer {ids:,} tokens: do they belong together?")
+             for who, (rows, ids) in f["fits"].items()]
     if f["architecture"].startswith("MPNet") and f["pad"] != 1:   # its code counts positions by id 1, whatever the config says
         said.append((True, "MPNet takes id 1 for padding when it counts positions, and here that is another token"))
     lost = [k for k, (_, new) in f["ids"].items() if new is None and k != "sep_token_id"]
     return [text for told, text in said if told] + [f"{k} has no counterpart in the new tokenizer and is empty" for k in lost]
 
-# %% ../../nbs/methods/12_transfer.ipynb #e27331ec
+# %% ../../nbs/methods/12_transfer.ipynb #8f2347c0
 def report(plan: Plan,                           # from `clp`
            sources: Mapping[str, Checkpoint],    # "source" and "helper"
            corpus: str | None = None,            # a corpus string in the target's language: whose tokens are how far shared
            tokenizers: tuple[Any, Any] | None = None,   # of source and helper; by default those in their folders
-           ) -> tuple[dict, pd.DataFrame]:       # facts (JSON); and a line a token: id, kind, norm, row_sum, guarded
+           ) -> tuple[dict, pd.DataFrame]:       # facts, as JSON has them; and a row a token: id, kind, norm, row_sum, guarded
     "What a transfer makes of the vocabulary; `guarded` are the rows that the guard holds, or would hold."
     source, helper = sources["source"], sources["helper"]
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
-    name = source.layout.one("embed.token").name
-    row, kind, axis = plan.row(name), _kinds(plan), source.layout.tensors[name].axes.index("vocab")
-    H, E = helper.read(helper.layout.one("embed.token").name), source.read(name)
-    table, new = plan.make(name, sources), torch.nonzero(plan.arrays["origin"] == -1)[:, 0]
-    rows, norms = _row_facts(table, kind, axis)
+    counts = None if corpus is None else _counts(corpus, ours)
+    name, embed = source.layout.one("embed.token").name, helper.layout.one("embed.token").name
+    H, E, kind = helper.read(embed), source.read(name), _kinds(plan, set(_specials(ours)))
+    table = plan.make(name, sources).movedim(source.layout.tensors[name].axes.index("vocab"), 0)
+    new, (rows, norms) = torch.nonzero(plan.arrays["origin"] == -1)[:, 0], _row_facts(table, kind)
     z, held, zero = _sums(H, E, plan.arrays, new)
-    lines = pd.DataFrame(dict(id=range(len(kind)), kind=kind, norm=norms, row_sum=np.nan, guarded=False))
-    lines.loc[new.numpy(), "row_sum"] = z; lines.loc[new.numpy(), "guarded"] = held
-    n = kind.value_counts().to_dict()
-    words = [i for i in new.tolist() if (ours.convert_ids_to_tokens(i) or "").strip("Ġ▁#")]
-    some = [words[i] for i in np.unique(np.linspace(0, len(words) - 1, 24).astype(int))] if words else []
-    near = _nearest(table, E, some)
-    facts = dict(
+    frame = pd.DataFrame(dict(id=range(len(kind)), kind=kind, norm=norms, row_sum=np.nan, guarded=False))
+    frame.loc[new.numpy(), "row_sum"] = z; frame.loc[new.numpy(), "guarded"] = held
+    n = {k: int((kind == k).sum()) for k in ("shared", "special", "new", "padding")}
+    facts = _plain(dict(
         source=source.origin, helper=helper.origin, architecture=plan.architecture, **plan.notes,
-        tokens={"rows": len(kind), **{k: n.get(k, 0) for k in ("shared", "special", "new", "padding")}, "zero_helper": zero},
-        share=n.get("shared", 0)/max(1, len(kind) - n.get("padding", 0)),
-        text=_text_share(corpus, ours, kind) | {"corpus": corpus} if corpus else None, guarded=int(held.sum()),
-        row_sums=dict(smallest=float(z.min()), smallest_abs=float(np.abs(z).min()), negative=int((z < 0).sum())),
-        weights=_weight_facts(plan, row, H, E, new), rows=rows, helper_width=H.shape[1],
-        pad=plan.config.get("pad_token_id"),
+        tokens={"rows": len(kind)} | n | {"anchors": len(plan.arrays["anchors"]), "zero_helper": zero},
+        share=n["shared"]/(len(kind) - n["padding"]),
+        text=_text_share(counts, kind) | {"corpus": corpus} if counts else None, guarded=held.sum(),
+        row_sums=dict(smallest=z.min(), smallest_abs=np.abs(z).min(), negative=(z < 0).sum()),
+        weights=_weight_facts(plan, plan.row(name), H, E, new), rows=rows, helper_width=H.shape[1], pad=plan.config.get("pad_token_id"),
+        fits={who: [len(x), max(tok.get_vocab().values()) + 1] for who, x, tok in (("source", E, theirs), ("helper", H, ours))},
         wraps=[len(tok("a").input_ids) - len(tok("a", add_special_tokens=False).input_ids) for tok in (theirs, ours)],
         ids=_changed_ids(source.config, plan.config) | _changed_ids(source.generation, plan.generation),
-        sample=[dict(token=ours.convert_ids_to_tokens(i), nearest=[theirs.convert_ids_to_tokens(j) or str(j) for j in js])
-                for i, js in zip(some, near)])
-    return facts | {"warnings": _warnings(facts)}, lines
+        sample=_sample(table, E, new, theirs, ours)))
+    return facts | {"warnings": _warnings(facts)}, frame
 
-# %% ../../nbs/methods/12_transfer.ipynb #c8111265
+# %% ../../nbs/methods/12_transfer.ipynb #8dfc7f67
 def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
     "Plan and report in about twenty lines."
     t, r, w, share = facts["tokens"], facts["rows"], facts["weights"], facts["text"]
@@ -178,28 +199,50 @@ def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
              f"shared: {facts['share']:.1%} of the vocabulary"
              + (f", {share['shared']:.1%} of the tokens of {share['corpus']}" if share else ""),
              f"new rows: norm {r['norm_new']:.3g} ({r['norm_ratio']:.2f} of copied rows), spread {r['spread_ratio']:.2f} of theirs, "
-             f"rank {r['rank']} of {r['width']}",
+             f"rank {r['rank']} of at most {r['rank_at_most']}",
              f"weights: {w['negative']:.0%} negative{effective}" if "negative" in w else "weights: none (not a weighted sum of anchors)",
              f"row sums: smallest |sum| {facts['row_sums']['smallest_abs']:.3g}, {facts['row_sums']['negative']:,} negative; "
              f"{facts['guarded']:,} rows under the guard"]
     lines += [f"  {s['token']} is near {'  '.join(s['nearest'])}" for s in facts["sample"][:6]]
     return lines + [f"warning: {text}" for text in facts["warnings"]]
 
-def _page(plan: Plan, facts: dict[str, Any], lines: pd.DataFrame) -> str:
+# %% ../../nbs/methods/12_transfer.ipynb #82cfcb1b
+def _table(f: dict[str, Any]) -> pd.DataFrame:
+    "The numbers of the report, and what each would be at best."
+    t, r, w, text = f["tokens"], f["rows"], f["weights"], f["text"]
+    lines = [("shared tokens, of the vocabulary", f"{f['share']:.1%}", "as many as there are")]
+    if text: lines.append(("shared tokens, of the text", f"{text['shared']:.1%}", "as many as there are"))
+    lines += [("anchors", f"{t['anchors']:,}", f"above the helper's width, {f['helper_width']:,}"),
+              ("norm of new rows, by that of copied ones", f"{r['norm_ratio']:.3g}", "about 1"),
+              ("spread of new rows, by that of copied ones", f"{r['spread_ratio']:.3g}", "about 1; 0: all are one row"),
+              ("directions in which new rows differ", f"{r['rank']:,} of {r['rank_at_most']:,}", "many")]
+    if "negative" in w and "pieces" not in w: lines.append(("negative weight", f"{w['negative']:.1%}", "little"))
+    if "effective_anchors" in w: lines.append(("anchors that share a row's weight", f"{w['effective_anchors']:,.1f}", "few"))
+    if "pieces" in w: lines.append(("source tokens in a new row", f"{w['pieces']:.2f}", "more than 0, few"))
+    if "H" not in METHODS[f["method"]].tables: return pd.DataFrame(lines, columns=["", "here", "at best"])
+    return pd.DataFrame(lines + [("smallest row sum", f"{f['row_sums']['smallest']:.3g}", "far above 0"),
+                                 ("rows under the guard", f"{f['guarded']:,} of {t['new']:,}", "none"),
+                                 ("new tokens the helper never saw", f"{t['zero_helper']:,}", "none")], columns=["", "here", "at best"])
+
+def _page(plan: Plan, facts: dict[str, Any], rows: pd.DataFrame) -> str:
     "The report as one page of HTML."
-    norms = {k: lines.norm[lines.kind == k].to_numpy() for k in ("shared", "new") if (lines.kind == k).any()}
-    parts = {"vocabulary": {k: facts["tokens"][k] for k in ("shared", "special", "new", "padding")}}
-    figures = [(share_bars(parts, "What the new vocabulary is made of", "tokens"),
+    norms = {k: rows.norm[rows.kind == k].to_numpy() for k in ("shared", "new")}
+    kinds = {"vocabulary": {k: facts["tokens"][k] for k in ("shared", "special", "new", "padding")}}
+    figures = [(share_bars(kinds, "What the new vocabulary is made of", "tokens"),
                 "Shared tokens keep the source's rows; new ones get theirs by the method."),
                (norm_histogram(norms, "How long the rows are"), "New rows should be about as long as copied ones.")]
     if text := facts["text"]:
-        by = {"tokens of the text": {k: 100*text[k] for k in ("shared", "special", "new")}}
+        by = {"text": {k: 100*text[k] for k in ("shared", "special", "new")}}
         figures.insert(1, (share_bars(by, "What a text is made of", "% of its tokens"), f"{text['tokens']:,} tokens of {text['corpus']}."))
-    sample = pd.DataFrame([dict(token=s["token"], nearest="   ".join(s["nearest"])) for s in facts["sample"]])
-    return page(f"{facts['helper']} in the body of {facts['source']}", [_told(plan, facts), *figures,
-                "New tokens, and the source tokens whose rows are nearest to theirs:", sample])
+    sample = pd.DataFrame([[s["token"], *s["nearest"]] for s in facts["sample"]])
+    sample.columns = ["new token", *(f"nearest {k}" for k in range(1, sample.shape[1]))][:sample.shape[1]]
+    said = ["To know before training:", *(f"• {w}." for w in facts["warnings"])]
+    return page(f"{facts['helper']} in the body of {facts['source']}",
+                [*(said if facts["warnings"] else ["Nothing that is looked for here speaks against the start."]), _table(facts), *figures,
+                 "Some new tokens, and the source tokens whose rows are nearest to theirs:", sample,
+                 "Plan and report, as the command prints them:", _told(plan, facts)])
 
-# %% ../../nbs/methods/12_transfer.ipynb #6f35cf7d
+# %% ../../nbs/methods/12_transfer.ipynb #f0e60007
 @dataclass
 class Transfer:
     "A transfer that is thought through and not yet carried out."
@@ -207,7 +250,7 @@ class Transfer:
     sources: dict[str, Checkpoint]      # "source" and "helper"
     tokenizers: tuple[Any, Any]         # of source and helper
     facts: dict[str, Any]               # the report, as JSON
-    rows: pd.DataFrame                  # the same, a line a token
+    rows: pd.DataFrame                  # the same, a row a token
 
     def told(self) -> list[str]:
         "Plan and report in about twenty lines."
@@ -219,13 +262,13 @@ class Transfer:
         page = _page(self.plan, self.facts, self.rows)
         return write(self.plan, self.sources, out, ours, extra={"report.json": self.facts, "report.html": page})
 
-def transfer(source: str | Path,           # the large model: a folder, or a name on the hub
-             helper: str | Path,           # the small model of the new language
-             corpus: str | None = None,    # a text in the new language, for the report
+def transfer(source: str | Path | Checkpoint,     # the large model: a checkpoint's folder, or a name on the hub
+             helper: str | Path | Checkpoint,     # the small model of the new language, of any family and width
+             corpus: str | None = None,    # a corpus string of the new language, for the report
              **how: Any,                   # method, match, norm, seed, pad_to, vectors, dictionary and a method's options, as in `clp`
              ) -> Transfer:                # to be looked at, and written
     "CLP-Transfer from two checkpoints to a third (Ostendorff & Rehm 2023)."
-    sources = {"source": Checkpoint(source), "helper": Checkpoint(helper)}
+    sources = {name: x if isinstance(x, Checkpoint) else Checkpoint(x) for name, x in (("source", source), ("helper", helper))}
     tokenizers = tuple(load_tokenizer(c.path) for c in sources.values())
     plan = clp(**sources, tokenizers=tokenizers, **how)
     return Transfer(plan, sources, tokenizers, *report(plan, sources, corpus, tokenizers))

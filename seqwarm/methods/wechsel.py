@@ -5,77 +5,130 @@
 # %% auto #0
 __all__ = ['wechsel']
 
-# %% ../../nbs/methods/07_wechsel.ipynb #61a6bfa8
+# %% ../../nbs/methods/07_wechsel.ipynb #72d14e00
+import os, warnings
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
+import numpy as np
 import torch
 from torch import Tensor
 from ..core.errors import Refusal, number
 
-# %% ../../nbs/methods/07_wechsel.ipynb #bfa4029b
+# %% ../../nbs/methods/07_wechsel.ipynb #a0e9f78c
+_BLOCK, _LARGEST = 2000, float(np.finfo(np.float32).max)   # lines; of a number
+_FORM = "write it in word2vec's text format: 'COUNT WIDTH', then a word and its numbers a line"
+
+def _numbers(lines: list[bytes], width: int) -> np.ndarray | None:
+    "(lines, width) float32, or None where that is not what some line holds."
+    if any(line.count(b" ") != width - 1 for line in lines): return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try: x = np.fromstring(b" ".join(lines), np.float32, sep=" ")
+        except (ValueError, DeprecationWarning): return None
+    return x.reshape(-1, width) if len(x) == len(lines)*width and np.isfinite(x).all() else None
+
+def _fault(line: bytes, width: int) -> str:
+    "What is wrong with the numbers of a line; nothing, perhaps."
+    values = line.split()
+    if len(values) != width: return f"has {len(values)} numbers and not {width}"
+    try: return "" if all(abs(float(v)) <= _LARGEST for v in values) else "holds NaN or infinity"
+    except ValueError: return "holds what is no number"
+
+def _block(path: str | Path, first: int, lines: list[bytes], width: int) -> tuple[list[str], np.ndarray]:
+    "Words and numbers of some lines, the first of which has the number `first` in the file."
+    words, rest = zip(*((word, values.strip()) for word, _, values in (line.partition(b" ") for line in lines)))
+    if (x := _numbers(rest, width)) is None:
+        for k, values in enumerate(rest, first):
+            if said := _fault(values, width): raise Refusal(f"line {k} of {path} {said}", _FORM)
+        x = np.array([[float(v) for v in values.split()] for values in rest], np.float32)
+    for k, word in enumerate(words, first):
+        try: word.decode()
+        except UnicodeDecodeError: raise Refusal(f"the word in line {k} of {path} is not UTF-8", "write the file again as UTF-8") from None
+    return [w.decode() for w in words], x
+
+# %% ../../nbs/methods/07_wechsel.ipynb #579f016f
 def _read_vectors(path: str | Path) -> tuple[list[str], Tensor]:
-    "Words and their vectors (n, d), float32, from a text file in word2vec's format."
-    again, words, rows = "write it in word2vec's text format: 'COUNT WIDTH', then a word and its numbers a line", [], []
+    "Words and their vectors (n, d), float32 and at length one, from a text file in word2vec's format."
     try:
-        with open(path, encoding="utf-8") as f:
-            head = f.readline().split()
-            if len(head) != 2 or not all(x.isdigit() for x in head): raise Refusal(f"{path} does not begin with its count and width", again)
-            for k, line in enumerate(f, 2):
-                word, *values = line.rstrip("\n ").split(" ")
-                if len(values) != int(head[1]): raise Refusal(f"line {k} of {path} has {len(values)} numbers and not {head[1]}", again)
-                words.append(word); rows.append([float(v) for v in values])
-    except (OSError, UnicodeDecodeError) as e: raise Refusal(f"{path} cannot be read ({getattr(e, 'strerror', None) or e})", again) from e
-    except ValueError as e: raise e if isinstance(e, Refusal) else Refusal(f"{path} holds what is no number ({e})", again) from e
-    x = torch.tensor(rows)
-    if len(words) != int(head[0]): raise Refusal(f"{path} holds {len(words)} words and says {head[0]}", again)
-    if not words or not bool(torch.isfinite(x).all()): raise Refusal(f"{path} holds no words, or NaN or infinity", again)
-    return words, x
+        with open(path, "rb") as f:
+            head, size = f.readline(1000).split(), os.fstat(f.fileno()).st_size
+            if len(head) != 2 or not all(x.isdigit() and int(x) for x in head):
+                raise Refusal(f"line 1 of {path} does not say how many vectors follow and how wide they are", _FORM)
+            n, width = map(int, head)
+            if 2*n*width > size: raise Refusal(f"line 1 of {path} says {n} words of {width} numbers, more than it can hold", _FORM)
+            words, x = [], np.empty((n, width), np.float32)
+            while lines := list(islice(f, _BLOCK)):
+                if len(words) + len(lines) > n: raise Refusal(f"{path} goes on behind line {n + 1} and says that it holds {n} words", _FORM)
+                some, x[len(words):len(words) + len(lines)] = _block(path, len(words) + 2, lines, width)
+                words += some
+    except OSError as e: raise Refusal(f"the word vectors {path} cannot be read ({e.strerror})", "name a text file of word vectors") from e
+    if len(words) < n: raise Refusal(f"{path} ends behind line {len(words) + 1} and says that it holds {n} words", _FORM)
+    for part in torch.from_numpy(x).split(_BLOCK): part /= part.norm(dim=1, keepdim=True).clamp_min(1e-30)
+    return words, torch.from_numpy(x)
 
 def _read_pairs(path: str | Path) -> list[tuple[str, str]]:
     "Pairs of words, a line each."
-    try: lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise Refusal(f"the dictionary {path} cannot be read", "name a text file with two words a line") from e
-    cut = lambda line: tuple(w.strip() for w in (line.split("\t") if "\t" in line else line.split()))
-    pairs = [cut(line) for line in lines if line.strip()]
-    if bad := [i for i, p in enumerate(pairs, 1) if len(p) != 2]:
-        raise Refusal(f"entry {bad[0]} of the dictionary {path} is not two words", "write source word, tab, target word")
+    form = "write a line a pair: source word, tab, target word"
+    try: lines = Path(path).read_bytes().split(b"\n")
+    except OSError as e: raise Refusal(f"the dictionary {path} cannot be read ({e.strerror})", "name a text file of pairs of words") from e
+    pairs = []
+    for k, line in enumerate(lines, 1):
+        try: text = line.decode().strip()
+        except UnicodeDecodeError: raise Refusal(f"line {k} of the dictionary {path} is not UTF-8", "write it again as UTF-8") from None
+        pair = tuple(w.strip() for w in (text.split("\t") if "\t" in text else text.split()))
+        if text and (len(pair) != 2 or not all(pair)): raise Refusal(f"line {k} of the dictionary {path} is not two words", form)
+        if text: pairs.append(pair)
     return pairs
 
-# %% ../../nbs/methods/07_wechsel.ipynb #5ca457e0
-def _token_vectors(tokenizer: Any, words: Sequence[str], vectors: Tensor) -> Tensor:
+# %% ../../nbs/methods/07_wechsel.ipynb #fe12b881
+def _token_vectors(tokenizer: Any, words: Sequence[str], vectors: Tensor, turn: Tensor) -> Tensor:
     "(ids, d) float64, of length one: a vector for each id of a tokenizer; zero where it occurs in no word."
     total = torch.zeros(max(tokenizer.get_vocab().values()) + 1, vectors.shape[1], dtype=torch.float64)
-    for form in (list(words), [" " + w for w in words]):
-        for begin in range(0, len(form), 10_000):
-            spelt = tokenizer(form[begin:begin + 10_000], add_special_tokens=False).input_ids
-            ids = torch.tensor([i for piece in spelt for i in piece])
-            word = torch.tensor([begin + k for k, piece in enumerate(spelt) for _ in piece])
-            if len(ids): total.index_add_(0, ids, vectors[word].double()/(word[:, None] + 1))
-    return torch.nn.functional.normalize(total, dim=1)   # cosines are taken of it, so the sum does for the mean
+    for begin in range(0, len(words), _BLOCK):
+        some = list(words[begin:begin + _BLOCK])
+        for form in (some, [" " + w for w in some]):
+            spelt = tokenizer(form, add_special_tokens=False).input_ids
+            word = torch.tensor([begin + k for k, piece in enumerate(spelt) for _ in piece], dtype=torch.long)
+            ids = torch.tensor([i for piece in spelt for i in piece], dtype=torch.long)
+            total.index_add_(0, ids, vectors[word].double()/(word[:, None] + 1))
+    total[[i for i in tokenizer.all_special_ids if i < len(total)]] = 0
+    return torch.nn.functional.normalize(total @ turn, dim=1)
 
-# %% ../../nbs/methods/07_wechsel.ipynb #2f049ffc
+# %% ../../nbs/methods/07_wechsel.ipynb #2fb775b8
+def _turn(pairs: list[tuple[str, str]], words: tuple[list[str], list[str]], vectors: tuple[Tensor, Tensor],
+          dictionary: str | Path) -> Tensor:
+    "The rotation Q (d, d) that brings source words to their translations (Schönemann 1966)."
+    at_a, at_b = ({w: i for i, w in reversed(list(enumerate(ws)))} for ws in words)     # of a word that is there twice, the first
+    both = [(at_a[x], at_b[y]) for x, y in pairs if x in at_a and y in at_b]
+    if not both:
+        swapped = sum(y in at_a and x in at_b for x, y in pairs)
+        raise Refusal(f"no pair of {dictionary} has vectors on both sides",
+                      "the source's word comes first in a pair" if swapped else "are its words spelt as in the files of vectors?")
+    i, j = torch.tensor(both).T
+    U, _, V = torch.linalg.svd(vectors[0][i].double().T @ vectors[1][j].double())
+    return U @ V
+
 def wechsel(tokenizers: tuple[Any, Any],                  # of source and target
             vectors: tuple[str | Path, str | Path],       # files with word vectors of the source's language and the target's
             dictionary: str | Path,                       # file with pairs of words, source first
             rows: int,                                    # of the source's table
             missing: Tensor,                              # (n,) target ids that need a row
-            top_k: int = 10, temperature: float = 0.1,
+            top_k: int = 10, temperature: float = 0.1,    # neighbours that count, and how sharply
             ) -> dict[str, Tensor]:                       # flat, offsets, weights, as `embed.mix` wants them
     "The source tokens that each missing token is near to, and how much (Minixhofer et al. 2022)."
     number("top_k", top_k, 1); number("temperature", temperature, 1e-6, float)
+    if isinstance(vectors, (str, Path)) or len(vectors) != 2 or not all(vectors):
+        raise Refusal("wechsel needs two files of word vectors", "name that of the source's language and that of the helper's")
+    pairs = _read_pairs(dictionary)
     (words_a, a), (words_b, b) = map(_read_vectors, vectors)
-    if a.shape[1] != b.shape[1]:
-        raise Refusal(f"the word vectors are {a.shape[1]} and {b.shape[1]} wide", "train both with one width")
-    at_a, at_b = ({w: i for i, w in reversed(list(enumerate(ws)))} for ws in (words_a, words_b))
-    pairs = [(at_a[x], at_b[y]) for x, y in _read_pairs(dictionary) if x in at_a and y in at_b]
-    if not pairs: raise Refusal(f"no pair of {dictionary} has vectors on both sides", "is the source's word the first of each pair?")
-    unit = [torch.nn.functional.normalize(x.double(), dim=1) for x in (a, b)]
-    i, j = torch.tensor(pairs).T
-    U, _, V = torch.linalg.svd(unit[0][i].T @ unit[1][j])
-    source, target = _token_vectors(tokenizers[0], words_a, unit[0] @ (U @ V))[:rows], _token_vectors(tokenizers[1], words_b, unit[1])
+    if a.shape[1] != b.shape[1]: raise Refusal(f"the word vectors are {a.shape[1]} and {b.shape[1]} wide", "train both with one width")
+    turn = _turn(pairs, (words_a, words_b), (a, b), dictionary)
+    source = _token_vectors(tokenizers[0], words_a, a, turn)[:rows]
+    target = _token_vectors(tokenizers[1], words_b, b, torch.eye(len(turn), dtype=torch.float64))
     known = torch.nonzero((source != 0).any(1))[:, 0]     # source tokens that occur in words
+    if not len(known): raise Refusal(f"the source's tokenizer spells no word of {vectors[0]}", "are they words of the source's language?")
     flat, weights, counts = [], [], []
     for ids in missing.split(1024):
         near = (target[ids] @ source[known].T).topk(min(top_k, len(known)), dim=1)
