@@ -94,7 +94,7 @@ def test_float32_is_as_good_as_float64_and_chunks_do_not_show(space, monkeypatch
     want = call("embed.guarded", S, H, origin, anchors)
     assert (call("embed.guarded", S.float(), H.float(), origin, anchors) - want).abs().max() < 1e-5
     whole = call("embed.softmax", S, H, origin, anchors)
-    monkeypatch.setattr(embed, "_CHUNK", 7); monkeypatch.setattr(embed, "_BYTES", 1000)
+    monkeypatch.setattr(embed, "_blocks", lambda ids, width: ids.split(7)); monkeypatch.setattr(embed, "_BYTES", 1000)
     assert torch.allclose(call("embed.guarded", S, H, origin, anchors), want, atol=1e-12)
     assert torch.allclose(call("embed.softmax", S, H, origin, anchors), whole, atol=1e-6)
 
@@ -108,14 +108,11 @@ def test_controls(space):
     assert torch.equal(b[:42], S[big[:42]]) and torch.equal(a[42:60], b[42:60])
     assert torch.allclose(a[62:].mean(0), S.mean(0), atol=0.2) and torch.allclose(a[62:].std(0), S.std(0), rtol=0.1)
 
-def test_nan_is_refused(space):
+def test_what_is_not_finite_is_not_written(space):
     S, H, origin, anchors = space
-    for bad_s, bad_h, words in ((S.index_fill(0, torch.tensor([3]), float("nan")), H, "source"), (S, H.index_fill(0, torch.tensor([45]), float("inf")), "helper")):
-        with pytest.raises(Refusal, match=f"the {words}'s token embeddings hold NaN"): call("embed.guarded", bad_s, bad_h, origin, anchors)
-    H = H.clone(); z = torch.nn.functional.normalize(H[anchors], dim=1).sum(0)
-    H[44] = torch.zeros(6).double(); H[44, 0], H[44, 1] = z[1], -z[0]            # at right angles to the sum: 0/0 or x/0
-    if float(torch.nn.functional.normalize(H[44], dim=0) @ z) == 0:
-        with pytest.raises(Refusal, match="use the method 'guarded'"): call("embed.clp", S, H, origin, anchors)
+    H = H.clone()
+    H[44] = float("inf")
+    with pytest.raises(Refusal, match="use the method 'guarded'"): call("embed.clp", S, H, origin, anchors)
 
 def test_procrustes_is_the_best_rotation(space):
     "No small turn and no other scale of the map brings the anchors nearer; and it is the square problem's solution on padded spaces."

@@ -106,12 +106,12 @@ def test_a_copy_is_never_held(tmp_path):
     assert out.shape(WTE) == (long, 64) and peak[0] - before < 32 << 20, f"{(peak[0] - before) >> 20} MiB"
 
 @operation("test.broken")
-def _broken(x, *, at: int):
+def _broken(x: torch.Tensor, *, at: int) -> torch.Tensor:
     x = x.clone(); x.view(-1)[at] = float("inf")
     return x
 
 @operation("test.refuses")
-def _refuses(x): raise Refusal("the helper has no such token")
+def _refuses(x: torch.Tensor) -> torch.Tensor: raise Refusal("the helper has no such token")
 
 def left(folder: Path) -> set: return {p.relative_to(folder).as_posix() for p in folder.rglob("*")}
 

@@ -116,7 +116,7 @@ def finite(x: torch.Tensor) -> bool:   # on the CPU
     room = np.empty(min(n, len(bits)), bits.dtype)
     return all(np.bitwise_and(part, mask, out=room[:len(part)]).max() < mask for part in (bits[i:i + n] for i in range(0, len(bits), n)))
 
-# %% ../../nbs/core/20_checkpoint.ipynb #05541dd0
+# %% ../../nbs/core/20_checkpoint.ipynb #7e19f2c7
 class Checkpoint:
     "A checkpoint on disk: names and shapes at once, numbers when they are asked for."
     def __init__(self,
@@ -165,11 +165,15 @@ class Checkpoint:
     def fingerprint(self) -> str:
         "Of the bytes of all weight files."
         return _weights_fingerprint(sorted({p for p, _ in self._files.values()}))
+    @property
+    def name(self) -> str:
+        "What it is called: by its card, or else by its folder."
+        return Card.load(self.path).name if (self.path/"seqwarm.json").exists() else Path(self.origin).name
     @cached_property
     def card(self) -> "Card":
-        "Its card; one without parents and cost if it was not made here."
+        "Its card; one without parents and cost if it was not made here (then all bytes are read, for the id)."
         if (self.path/"seqwarm.json").exists(): return Card.load(self.path)
-        return Card(Path(self.origin).name, "found", id=fingerprint(["found", [], self.fingerprint]))
+        return Card(self.name, "found", id=fingerprint(["found", [], self.fingerprint]))
     @property
     def generation(self) -> dict | None:
         "The content of generation_config.json, if there is one."

@@ -91,12 +91,12 @@ def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dty
     for piece in pieces:
         if len(piece): yield memoryview(piece.view(torch.uint8).numpy())
 
-# %% ../../nbs/core/22_write.ipynb #2da63695
+# %% ../../nbs/core/22_write.ipynb #3fce2207
 _EARLY = 1 << 27   # bytes
 
 def _to_disk(fd: int) -> None:
     "Bring to disk what was written to an open file, and close it."
-    try: os.fdatasync(fd)
+    try: getattr(os, "fdatasync", os.fsync)(fd)   # macOS has but the latter
     finally: os.close(fd)
 
 def _store(path: Path, pieces: Iterable[bytes | memoryview], beside: ThreadPoolExecutor, bar: tqdm) -> tuple[str, Future]:
@@ -144,7 +144,7 @@ def _config(plan: Plan, dtypes: Iterable[torch.dtype]):
     if len(floating) == 1: config.dtype = floating.pop()
     return config
 
-# %% ../../nbs/core/22_write.ipynb #8bf04c8f
+# %% ../../nbs/core/22_write.ipynb #92e24d86
 _ROOM = 1 << 24   # bytes, for what lies beside the weights
 
 def write(plan: Plan,
@@ -163,7 +163,8 @@ def write(plan: Plan,
         dtypes = {r.target: _dtype(plan, r, sources) for r in plan.rows}
         files = _deal(plan, sources, dtypes, shard)
         heads = [_head(plan, f, dtypes) for f in files]
-        room(out, sum(map(len, heads)) + sum(n for f in files for _, n in f) + _ROOM)
+        weights, arrays = sum(map(len, heads)) + sum(n for f in files for _, n in f), sum(x.nbytes for x in plan.arrays.values())
+        room(out, weights + arrays + _ROOM)
         _beside_the_weights(plan, _config(plan, dtypes.values()), tokenizer, extra or {}, tmp)
         if len(files) > 1: write_whole(tmp/"model.safetensors.index.json", _index(plan, files))
         with ThreadPoolExecutor(1) as beside:

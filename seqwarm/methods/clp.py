@@ -106,7 +106,7 @@ def _shifted(source: Checkpoint, config: dict) -> int:
                       "add one to the helper's tokenizer")
     return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 
-# %% ../../nbs/methods/10_clp.ipynb #b74793e6
+# %% ../../nbs/methods/10_clp.ipynb #e2e4d563
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "guarded",         # one of METHODS
@@ -140,7 +140,7 @@ def clp(source: Checkpoint,              # the large model of the other language
         axis = {"axis": a} if (a := t.axes.index("vocab")) else {}
         return Row(n, rule.op, tuple(read[x] for x in rule.tables if x in read), args | axis, {k: k for k in arrays})
     generation = None if source.generation is None else _ids(source.generation, both, theirs)
-    about = {a: {"name": c.card.name, "id": c.card.id} for a, c in (("source", source), ("helper", helper))}
+    about = {a: {"name": c.name} for a, c in (("source", source), ("helper", helper))}
     unlearned = int((arrays["origin"] == -1).sum()) - len(both.missing)
     notes = dict(method=method, match=match, options=options, norm=norm, respelt=both.respelt, unlearned=unlearned)
     return Plan("clp", config, source.architecture, [row(n, source.layout.tensors[n]) for n in source.names], arrays, about,

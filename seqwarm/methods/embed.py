@@ -5,35 +5,36 @@
 # %% auto #0
 __all__ = ['METHODS', 'Method', 'weights']
 
-# %% ../../nbs/methods/05_embed.ipynb #89be8318
+# %% ../../nbs/methods/05_embed.ipynb #a70423ac
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 import torch
 from torch import Tensor
+from ..core.checkpoint import finite
 from ..core.errors import Refusal
 from ..core.plan import operation
 
-# %% ../../nbs/methods/05_embed.ipynb #7c6a639f
-_CHUNK = 4096  # rows at once
+# %% ../../nbs/methods/05_embed.ipynb #34224917
+_BLOCK = 1 << 22  # bytes of float64 that are worked on at once
+
+def _blocks(ids: Tensor, width: int) -> tuple[Tensor, ...]:
+    "Ids of rows of a width, so many at a time as fill a block."
+    return ids.split(max(64, _BLOCK//(8*width)))
 
 def _fill(S: Tensor, rule: Callable[[Tensor], Tensor], shape: tuple, origin: Tensor, anchors: Tensor, axis: int,
           norm: bool = False, copied: Tensor | None = None) -> Tensor:
     "A new table: copied rows, `rule(ids)` for those that are neither copied nor padding, the anchors' mean for padding."
-    flat = _flat(S, axis)
-    if not all(bool(torch.isfinite(part).all()) for part in flat.split(_CHUNK)):
-        raise Refusal("the source's token embeddings hold NaN or infinity", "use another checkpoint")
-    copied = origin >= 0 if copied is None else copied
+    flat, copied = _flat(S, axis), origin >= 0 if copied is None else copied
     length = flat[origin[anchors]].float().norm(dim=1).median().double() if norm and flat.shape[1] > 1 else None
     out = torch.empty(len(origin), flat.shape[1], dtype=S.dtype)
     out[origin == -2] = _center(flat, origin, anchors).to(S.dtype)
-    for begin in range(0, len(origin), _CHUNK):
-        here = torch.arange(begin, min(begin + _CHUNK, len(origin)))
+    for here in _blocks(torch.arange(len(origin)), flat.shape[1]):
         keep, make = here[copied[here]], here[~copied[here] & (origin[here] > -2)]
         out[keep] = flat[origin[keep]]
         if not len(make): continue
         rows = rule(make)
-        if not bool(torch.isfinite(rows).all()): raise Refusal("a new row of the table is not finite", "use the method 'guarded'")
+        if not finite(rows): raise Refusal("a new row of the table is not finite", "use the method 'guarded'")
         if length is not None: rows = rows*(length/rows.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(rows.dtype)
         out[make] = rows.to(S.dtype)
     rest = [n for i, n in enumerate(shape) if i != axis]
@@ -43,17 +44,16 @@ def _flat(S: Tensor, axis: int) -> Tensor: return S.movedim(axis, 0).reshape(S.s
 
 def _center(flat: Tensor, origin: Tensor, anchors: Tensor) -> Tensor:
     "Mean of the anchors' source rows, in float64."
-    return torch.stack([flat[origin[ids]].double().sum(0) for ids in anchors.split(_CHUNK)]).sum(0)/len(anchors)
+    return torch.stack([flat[origin[ids]].sum(0, dtype=torch.float64) for ids in _blocks(anchors, flat.shape[1])]).sum(0)/len(anchors)
 
 def _wide(S: Tensor) -> torch.dtype: return torch.float64 if S.dtype == torch.float64 else torch.float32  # that rows are made in
 
-# %% ../../nbs/methods/05_embed.ipynb #4d8f57a8
+# %% ../../nbs/methods/05_embed.ipynb #3389cc56
 def _helper(H: Tensor, ids: Tensor, unit: bool = True) -> Tensor:
     "Helper rows in float64, of length one if `unit`; zero for ids beyond its rows and for rows that are zero."
     rows = torch.zeros(len(ids), H.shape[1], dtype=torch.float64)
     there = ids < H.shape[0]
     rows[there] = H[ids[there]].double()
-    if not bool(torch.isfinite(rows).all()): raise Refusal("the helper's token embeddings hold NaN or infinity", "train the helper again")
     if not unit: return rows
     norm = rows.norm(dim=1, keepdim=True)
     return torch.where(norm > 0, rows/norm, 0.0)
@@ -62,14 +62,15 @@ def _around(m: Tensor, h: Tensor, rows: Tensor) -> Tensor:
     "m + rows; m alone where the helper's row h is zero."
     return m.to(rows.dtype) + torch.where((h != 0).any(1, keepdim=True), rows, 0.0)
 
-# %% ../../nbs/methods/05_embed.ipynb #17aee19e
+# %% ../../nbs/methods/05_embed.ipynb #856957b4
 @operation("embed.random")
 def _random(S: Tensor, *, shape, origin: Tensor, anchors: Tensor, seed: int, axis: int = 0, norm: bool = False,
             copy: bool = False) -> Tensor:
     "Rows from a normal distribution; with `copy`, shared rows are copied."
     flat, copied, block = _flat(S, axis), origin >= 0, 4096   # the size of a block of chance belongs to the result
-    mean = torch.stack([x.double().sum(0) for x in flat.split(_CHUNK)]).sum(0)/len(flat)
-    std = (torch.stack([(x.double() - mean).square().sum(0) for x in flat.split(_CHUNK)]).sum(0)/len(flat)).sqrt()
+    parts = _blocks(torch.arange(len(flat)), flat.shape[1])
+    mean = torch.stack([flat[ids].sum(0, dtype=torch.float64) for ids in parts]).sum(0)/len(flat)
+    std = (torch.stack([(flat[ids].double() - mean).square().sum(0) for ids in parts]).sum(0)/len(flat)).sqrt()
     if not copy: copied[anchors] = False
     def noise(b): return torch.randn(block, flat.shape[1], generator=torch.Generator().manual_seed(seed ^ b))
     def rule(ids):
@@ -82,30 +83,31 @@ def _mean(S: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, n
     m = _center(_flat(S, axis), origin, anchors)
     return _fill(S, lambda ids: m.expand(len(ids), -1), shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #e19f6b20
-def _sums(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, center: Tensor | float = 0.0) -> tuple[Tensor, Tensor]:
-    "K = H'(S - center) and z = H'1 over the anchors, in float64, some rows at a time."
+# %% ../../nbs/methods/05_embed.ipynb #8b038114
+def _sums(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
+    "K = H'(S - center) and z = H'1 over the anchors, some rows at a time, summed in float64."
     K, z = torch.zeros(H.shape[1], S.shape[1], dtype=torch.float64), torch.zeros(H.shape[1], dtype=torch.float64)
-    for ids in anchors.split(_CHUNK):
+    center = center.to(_wide(S))
+    for ids in _blocks(anchors, max(H.shape[1], S.shape[1])):
         h = _helper(H, ids)
-        K += h.T @ (S[origin[ids]].double() - center); z += h.sum(0)
+        K += h.T.to(_wide(S)) @ (S[origin[ids]].to(_wide(S)) - center); z += h.sum(0)
     return K, z
 
 @operation("embed.clp")
 def _clp(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, norm: bool = False) -> Tensor:
     "The rule as it was published, without a guard; a token that the helper never saw gets the mean."
-    flat = _flat(S, axis)
-    m, (K, z) = _center(flat, origin, anchors), _sums(flat, H, origin, anchors)
-    K = K.to(_wide(S))
-    def rule(ids):
-        h = _helper(H, ids)
-        return torch.where((h != 0).any(1, keepdim=True), h.to(K.dtype) @ K/(h @ z)[:, None].to(K.dtype), m.to(K.dtype))
+    flat, w = _flat(S, axis), _wide(S)
+    m = _center(flat, origin, anchors)
+    K, z = _sums(flat, H, origin, anchors, m)   # around the mean, which the weights leave where it is: less is rounded
+    K = K.to(w)
+    def rule(ids): h = _helper(H, ids); return _around(m, h, h.to(w) @ K/(h @ z)[:, None].to(w))
     return _fill(S, rule, shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #72b644ac
+# %% ../../nbs/methods/05_embed.ipynb #cc377449
 def _spread(E: Tensor, m: Tensor, origin: Tensor, anchors: Tensor) -> Tensor:
     "Root mean square distance of the anchors' rows from m."
-    return torch.stack([(E[origin[ids]].double() - m).square().sum() for ids in anchors.split(_CHUNK)]).sum().div(len(anchors)).sqrt()
+    parts = _blocks(anchors, E.shape[1])
+    return torch.stack([(E[origin[ids]].double() - m).square().sum() for ids in parts]).sum().div(len(anchors)).sqrt()
 
 def _normaliser(E: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, dtype: torch.dtype = torch.float64
                 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
@@ -168,12 +170,12 @@ def _clp_plus(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, a
               temperature: float = 1.0) -> Tensor:
     return _by_cosine(S, H, lambda c: _sparse(c, temperature), shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #5a399936
+# %% ../../nbs/methods/05_embed.ipynb #843ca313
 def _pair(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     "Means m of S and mid of H over the anchors; G = H'H and B = H'S of the centred rows; all float64."
-    m, mid = _center(S, origin, anchors), _helper(H, anchors, unit=False).mean(0)
+    m, mid = _center(S, origin, anchors), sum(_helper(H, ids, unit=False).sum(0) for ids in _blocks(anchors, H.shape[1]))/len(anchors)
     G, B = torch.zeros(len(mid), len(mid), dtype=torch.float64), torch.zeros(len(mid), len(m), dtype=torch.float64)
-    for ids in anchors.split(_CHUNK):
+    for ids in _blocks(anchors, max(len(mid), len(m))):
         h = _helper(H, ids, unit=False) - mid
         G += h.T @ h; B += h.T @ (S[origin[ids]].double() - m)
     return m, mid, G, B
@@ -190,7 +192,9 @@ def _loaded(G: Tensor, ridge: float) -> Tensor: return G + max(ridge*float(G.tra
 @operation("embed.lstsq")
 def _lstsq(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, norm: bool = False,
            ridge: float = 1e-3) -> Tensor:
-    def solve(G, B): return torch.linalg.lstsq(_loaded(G, ridge), B, driver="gelsd").solution
+    def solve(G, B):
+        L, failed = torch.linalg.cholesky_ex(_loaded(G, ridge))   # failed: dependent columns and no ridge
+        return torch.linalg.lstsq(G, B, driver="gelsd").solution if failed else torch.cholesky_solve(B, L)
     return _linear(S, H, solve, shape, origin, anchors, axis, norm)
 
 @operation("embed.procrustes")

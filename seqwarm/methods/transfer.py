@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report', 'Transfer', 'transfer']
 
-# %% ../../nbs/methods/12_transfer.ipynb #bceceb9d
+# %% ../../nbs/methods/12_transfer.ipynb #dae2b0e9
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,9 +22,11 @@ from ..core.plan import Plan
 from ..core.vocab import load_tokenizer
 from ..core.write import write
 from .clp import clp
-from .embed import _CHUNK, _helper, _normaliser, weights
+from .embed import _helper, _normaliser, weights
 
-# %% ../../nbs/methods/12_transfer.ipynb #ca4e8577
+# %% ../../nbs/methods/12_transfer.ipynb #fc0acc0c
+_CHUNK = 1024   # rows at once
+
 def _kinds(plan: Plan) -> pd.Series:
     "For each row of the new table: shared, special, new or padding."
     origin, anchors = plan.arrays["origin"], plan.arrays["anchors"]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Language', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #87a40830
+# %% ../../nbs/recipes/10_clp.ipynb #9cc22d61
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -19,6 +19,7 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2L
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import Corpus, Source, documents, parse
 from ..core.errors import Refusal, number, unknown
+from ..core.files import fingerprint
 from ..core.layout import Layout
 from ..core.ledger import Cost, crossing, saved
 from ..core.plan import Plan
@@ -122,11 +123,11 @@ def existing(p: SimpleNamespace, store: Path, a: Language | None, b: Language, s
         return Checkpoint(_pretrain(p, store, lang, model, f"{name} {seed}", [Stage(steps, p.rates[len(p.rates) // 2])], seed).path)
     return {name: models.get(name) or made(name, *size) for name, size in sizes.items()}
 
-# %% ../../nbs/recipes/10_clp.ipynb #8657d08f
+# %% ../../nbs/recipes/10_clp.ipynb #f8d92b19
 def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
     "The new model's first checkpoint by a plan; found again if it was written before."
     parents = [c.card for c in sources.values()]
-    out = store/f"warm-{plan.fingerprint}"
+    out = store/f"warm-{fingerprint([plan.fingerprint, *(c.id for c in parents)])}"
     with PartialState().main_process_first():   # of several ranks one writes
         if not out.exists():
             card = Card.child(f"{plan.notes['method']} {plan.seed}", "clp", parents, plan=plan.summary())
