@@ -1,7 +1,8 @@
 "Every family through CLP (tests/families.py), and the table of results/ that says so."
 import csv
 import pytest, torch
-from families import CASES, CHECKS, TABLE, Shop, lines
+from families import CASES, CHECKS, TABLE, Case, Shop, _save, carry, lines, model, tokenizer
+from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import _families
 from transformers.utils import logging
 
@@ -23,3 +24,18 @@ def test_every_family_is_in_the_table(): assert {c.kind for c in CASES} == set(_
 def test_the_table_is_what_was_found(shop):
     with open(TABLE, newline="") as f: committed = list(csv.DictReader(f))
     assert committed == lines(shop), "python tests/families.py writes it anew"
+
+@pytest.mark.parametrize("kind", ["t5", "mbart", "roberta"])
+def test_what_needs_padding_is_refused_a_tokenizer_without(kind, shop, tmp_path):
+    helper = _save(tmp_path/"helper", model("gpt2", 20, True), tokenizer("gpt2", True))
+    with pytest.raises(Refusal, match="without a padding token"): carry(shop.made(Case(kind, True)).source, helper, tmp_path/"out")
+    assert not (tmp_path/"out").exists()
+
+def test_a_check_sees_a_single_wrong_number(shop):
+    "Of the body, of a shared row and of a new row."
+    x = shop.made(Case("llama", True)); name = "model.embed_tokens.weight"
+    for n, row, check in (("model.norm.weight", 3, "body"), (name, x.both.shared_target[0], "rows"), (name, x.both.missing[0], "rows")):
+        was = x.new[n].clone()
+        x.new[n][row] += 1e-3
+        with pytest.raises(AssertionError): CHECKS[check](x)
+        x.new[n].copy_(was)

@@ -9,7 +9,7 @@ from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import family, layout
 from seqwarm.core.ledger import describe, flops
 from seqwarm.core.objectives import _inputs
-from seqwarm.core.vocab import overlap
+from seqwarm.core.overlap import overlap
 from test_clp import de, en, go, gpt2
 from test_layout import BERT, LABELS, TIES, make, shapes_of
 
