@@ -272,14 +272,15 @@ def _filled(config: Any) -> dict:
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
-# %% ../../nbs/core/05_layout.ipynb #f6c118df
+# %% ../../nbs/core/05_layout.ipynb #c72f9dd4
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
            ) -> Layout:
     "The layout of a Hugging Face model, told from its config alone."
     config = _filled(config)
     table, kind = family(config["model_type"]), config["model_type"]
-    architecture = architecture or next(iter(config.get("architectures") or ()), None)
+    named = config.get("architectures") or ()
+    architecture = architecture or (named if isinstance(named, str) else next(iter(named), None))
     if not architecture: raise Refusal("the config names no architecture", f"give one of {', '.join(table.architectures(kind))}")
     if architecture not in table.architectures(kind): raise unknown(f"architecture of {kind}", architecture, table.architectures(kind))
     if config.get("add_cross_attention"): raise Refusal(f"a {kind} model with cross-attention has no table", "use bart or t5")

@@ -58,7 +58,7 @@ def _weight_facts(plan: Plan, row: Any, H: torch.Tensor, E: torch.Tensor, new: t
     return dict(negative=float((w.clamp_max(0).abs().sum(1)/size).median()),
                 effective_anchors=float((size.square()/w.square().sum(1)).median()))
 
-# %% ../../nbs/methods/12_transfer.ipynb #3975d8ae
+# %% ../../nbs/methods/12_transfer.ipynb #5e5a9ff9
 _ROWS = 1024   # that the rank is told from
 
 def _rank(rows: torch.Tensor) -> tuple[int, int]:
@@ -91,7 +91,13 @@ def _sample(table: torch.Tensor, E: torch.Tensor, new: torch.Tensor, theirs: Any
     cos = torch.cat([x @ unit(part.float(), dim=1).T for part in E.split(_CHUNK)], dim=1)
     near = cos.topk(min(k, len(E)), dim=1).indices.tolist()
     spelt = [[theirs.convert_ids_to_tokens(j) or f"row {j}" for j in js] for js in near]
-    return [dict(id=i, token=token, nearest=tokens) for (i, token), tokens in zip(some, spelt)]
+    return [dict(id=i, token=token, text=_shown(ours, token), nearest=tokens, texts=[_shown(theirs, t) for t in tokens])
+            for (i, token), tokens in zip(some, spelt)]
+
+def _shown(tokenizer: Any, token: str) -> str:
+    "A token as text, its blanks to be seen; as it is where it is no text."
+    text = tokenizer.convert_tokens_to_string([token]).replace(" ", "␣")
+    return token if not text or "\ufffd" in text else text
 
 # %% ../../nbs/methods/12_transfer.ipynb #4060e37d
 _DOCUMENTS = 2000   # of each part of a corpus
@@ -117,14 +123,14 @@ def _changed_ids(old: Mapping | None, new: Mapping | None) -> dict[str, list]:
     pairs = {k: [old.get(k), new.get(k)] for k in (old or {}) if k.endswith(("_token_id", "_tokens", "_words_ids", "_decoder_ids"))}
     return {k: v for k, v in pairs.items() if v[0] is not None and v[0] != v[1]}
 
-# %% ../../nbs/methods/12_transfer.ipynb #a2d186c3
+# %% ../../nbs/methods/12_transfer.ipynb #9982f4a2
 def _warnings(f: dict[str, Any]) -> list[str]:
     "What somebody should know before spending a GPU on this start."
     t, r, w = f["tokens"], f["rows"], f["weights"]
     n, reads = t["new"], "H" in METHODS[f["method"]].tables     # some methods need no more of the helper than its tokenizer
     canonical = ": try --match canonical" if f["match"] == "exact" else ""
     said = [
-        (reads and f["guarded"] > 0.05*n,
+        (reads and f["guarded"] > 0.2*n,
          f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
         (f["method"] == "clp" and f["guarded"] > 0,
          "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
@@ -137,7 +143,7 @@ def _warnings(f: dict[str, Any]) -> list[str]:
          f"new rows are {r['norm_ratio']:.2g} times as long as copied ones: --norm-correct makes them equal"),
         (r["spread_ratio"] < 0.2,
          f"new rows lie close together ({r['spread_ratio']:.2g} of the copied rows' spread): new tokens begin nearly alike"),
-        (w.get("negative", 0) > 0.4,
+        (f["method"] in ("clp", "guarded") and w.get("negative", 0) > 0.4,
          f"{w.get('negative', 0):.0%} of the weight is negative: rows are differences of anchors more than mixtures"),
         (w.get("without_pieces", 0) > 0.05*n,
          f"{w.get('without_pieces', 0):,} new tokens got the mean row: they "
@@ -183,7 +189,7 @@ def report(plan: Plan,                           # from `clp`
         sample=_sample(table, E, new, theirs, ours)))
     return facts | {"warnings": _warnings(facts)}, frame
 
-# %% ../../nbs/methods/12_transfer.ipynb #8dfc7f67
+# %% ../../nbs/methods/12_transfer.ipynb #fd73d2c7
 def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
     "Plan and report in about twenty lines."
     t, r, w, share = facts["tokens"], facts["rows"], facts["weights"], facts["text"]
@@ -203,10 +209,10 @@ def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
              f"weights: {w['negative']:.0%} negative{effective}" if "negative" in w else "weights: none (not a weighted sum of anchors)",
              f"row sums: smallest |sum| {facts['row_sums']['smallest_abs']:.3g}, {facts['row_sums']['negative']:,} negative; "
              f"{facts['guarded']:,} rows under the guard"]
-    lines += [f"  {s['token']} is near {'  '.join(s['nearest'])}" for s in facts["sample"][:6]]
+    lines += [f"  {s['text']} is near {'  '.join(s['texts'])}" for s in facts["sample"][:6]]
     return lines + [f"warning: {text}" for text in facts["warnings"]]
 
-# %% ../../nbs/methods/12_transfer.ipynb #82cfcb1b
+# %% ../../nbs/methods/12_transfer.ipynb #d03c73a4
 def _table(f: dict[str, Any]) -> pd.DataFrame:
     "The numbers of the report, and what each would be at best."
     t, r, w, text = f["tokens"], f["rows"], f["weights"], f["text"]
@@ -234,7 +240,7 @@ def _page(plan: Plan, facts: dict[str, Any], rows: pd.DataFrame) -> str:
     if text := facts["text"]:
         by = {"text": {k: 100*text[k] for k in ("shared", "special", "new")}}
         figures.insert(1, (share_bars(by, "What a text is made of", "% of its tokens"), f"{text['tokens']:,} tokens of {text['corpus']}."))
-    sample = pd.DataFrame([[s["token"], *s["nearest"]] for s in facts["sample"]])
+    sample = pd.DataFrame([[s["text"], *s["texts"]] for s in facts["sample"]])
     sample.columns = ["new token", *(f"nearest {k}" for k in range(1, sample.shape[1]))][:sample.shape[1]]
     said = ["To know before training:", *(f"• {w}." for w in facts["warnings"])]
     return page(f"{facts['helper']} in the body of {facts['source']}",
