@@ -39,7 +39,7 @@ WISH = dict(seeds=[0], heads=4, match="exact", wake=0, source_text="world:a", ta
 
 def test_a_wish_takes_the_place_of_the_scale_s_size():
     p = sized("demo", **WISH | dict(target_text="world:b?words=7 + text:x.txt", words=50, arms=None, width=64))
-    assert (p.width, p.layers, p.arms) == (64, 3, ["random", "overlap", "guarded"])
+    assert (p.width, p.layers, p.arms) == (64, 3, ["random", "overlap", "guarded", "procrustes"])
     assert (p.source_text, p.target_text, p.source_valid) == ("world:a?words=50", "world:b?words=7 + text:x.txt", None)
 
 @pytest.mark.parametrize("wish, says", [

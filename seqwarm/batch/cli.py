@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #473b1354
+# %% ../../nbs/batch/40_cli.ipynb #5ba5da53
 _METHODS = "random, overlap, mean, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
@@ -76,7 +76,7 @@ def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large
          helper: Annotated[str, typer.Argument(metavar="HELPER", help="A small model of the new language, of any family and width; "
                                                "its tokenizer is kept.")],
          out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the new checkpoint and its report.")] = None,
-         method: Annotated[str, typer.Option(help=f"How new rows are made: {_METHODS}.")] = "guarded",
+         method: Annotated[str, typer.Option(help=f"How new rows are made: {_METHODS}.")] = "procrustes",
          match: Annotated[str, typer.Option(help="exact: tokens are shared by their string; canonical: by the text they mean.")] = "exact",
          top_k: Annotated[int | None, typer.Option(help="Nearest tokens that count (softmax, wechsel).")] = None,
          temperature: Annotated[float | None, typer.Option(help="Of the weights (softmax, clp+, wechsel).")] = None,

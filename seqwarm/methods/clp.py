@@ -109,10 +109,10 @@ def _shifted(source: Checkpoint, config: dict) -> int:
                       "add one to the helper's tokenizer")
     return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 
-# %% ../../nbs/methods/10_clp.ipynb #5e4e7b76
+# %% ../../nbs/methods/10_clp.ipynb #0bd74261
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
-        method: str = "guarded",         # one of METHODS
+        method: str = "procrustes",      # one of METHODS
         match: str = "exact",            # 'exact': tokens are shared by their string; 'canonical': by the text they stand for
         norm: bool = False,              # bring new rows to the median length of copied ones
         seed: int = 0,                   # of random rows

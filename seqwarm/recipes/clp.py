@@ -29,13 +29,14 @@ from ..core.write import write
 from ..methods.clp import clp
 from ..methods.embed import METHODS
 
-# %% ../../nbs/recipes/10_clp.ipynb #d3656735
+# %% ../../nbs/recipes/10_clp.ipynb #1d1fea2a
 _ALL = ["random", "mean", "overlap", "fvt", "clp", "guarded", "clp+", "softmax", "procrustes", "lstsq"]
 _SIZES = {  # width and layers are those of source and target
     "smoke": dict(words=30_000, vocab=600, length=32, batch=8, width=32, layers=2, helper_width=16, helper_layers=1, sequences=16,
                   source_steps=30, helper_steps=30, horizons=[20], rates=[3e-3], arms=["overlap", "guarded"]),
     "demo": dict(words=400_000, vocab=1500, length=128, batch=16, width=128, layers=3, helper_width=64, helper_layers=2, sequences=48,
-                 source_steps=300, helper_steps=300, horizons=[150], rates=[1e-3, 2e-3, 4e-3], arms=["random", "overlap", "guarded"]),
+                 source_steps=300, helper_steps=300, horizons=[150], rates=[1e-3, 2e-3, 4e-3],
+                 arms=["random", "overlap", "guarded", "procrustes"]),
     "full": dict(words=5_000_000, vocab=4000, length=256, batch=64, width=512, layers=8, helper_width=128, helper_layers=4, sequences=256,
                  source_steps=6000, helper_steps=3000, horizons=[500, 1000, 2000], rates=[3e-4, 1e-3, 3e-3], arms=_ALL)}
 
