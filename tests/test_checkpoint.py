@@ -1,6 +1,7 @@
 "Checkpoints: the same bits by every path, refusals for what is broken, nothing half-written."
 import json
 import pytest, torch
+import transformers as hf
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, BertConfig, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 from seqwarm.core.checkpoint import Card, Checkpoint, finite
@@ -190,3 +191,15 @@ def test_finite_is_isfinite(dtype):
     many = torch.zeros(700_001, dtype=dtype)
     for i in (0, 131_071, 131_072, 262_144, 700_000): many[i] = float("-inf"); assert not finite(many); many[i] = 0
     assert finite(many) and finite(torch.arange(5)) and finite(torch.zeros(0, dtype=dtype)) and not finite(torch.full((3, 4), float("nan"), dtype=dtype).T)
+
+def test_generation_of_old_checkpoints_stands_in_their_config(tmp_path):
+    "Before there was a generation_config.json, the settings lay in config.json; ids of tokens come with them."
+    model = hf.BartForConditionalGeneration(hf.BartConfig(vocab_size=30, d_model=8, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+                                                          decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=16))
+    model.save_pretrained(tmp_path); (tmp_path/"generation_config.json").unlink()
+    assert Checkpoint(tmp_path).generation is None
+    config = json.loads((tmp_path/"config.json").read_text())
+    (tmp_path/"config.json").write_text(json.dumps(config | dict(num_beams=4, no_repeat_ngram_size=3, max_length=142)))
+    found = Checkpoint(tmp_path).generation
+    assert {k: found[k] for k in ("num_beams", "no_repeat_ngram_size", "max_length")} == dict(num_beams=4, no_repeat_ngram_size=3, max_length=142)
+    assert found["eos_token_id"] == model.config.eos_token_id and "vocab_size" not in found

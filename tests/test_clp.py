@@ -140,3 +140,15 @@ def test_the_same_bytes_in_two_processes(tmp_path):
     for m in "guarded", "random":
         for f in ("model.safetensors", "plan.safetensors", "plan.json", "config.json"):
             assert (tmp_path/f"1{m}"/f).read_bytes() == (tmp_path/f"2{m}"/f).read_bytes()
+
+def test_the_tokenizer_hands_out_what_the_body_takes(tmp_path):
+    "BERT's token types would be looked up among GPT-2's words; what is saved and loaded gives the same logits as ids and mask alone."
+    from transformers import BertTokenizer
+    from seqwarm.methods.transfer import transfer
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *"abcdefghijklmnopqrstuvwxyz", *(f"##{c}" for c in "abcdefghijklmnopqrstuvwxyz"), "der", "mond"]
+    put(tmp_path/"source", gpt2(en), en); put(tmp_path/"helper", bert(words), BertTokenizer(vocab={w: i for i, w in enumerate(words)}))
+    assert "token_type_ids" in AutoTokenizer.from_pretrained(tmp_path/"helper").model_input_names
+    transfer(tmp_path/"source", tmp_path/"helper", match="canonical").write(tmp_path/"out")
+    tok, model = AutoTokenizer.from_pretrained(tmp_path/"out"), AutoModelForCausalLM.from_pretrained(tmp_path/"out").eval()
+    x = tok("der mond", return_tensors="pt")
+    assert set(x) == {"input_ids", "attention_mask"} and model.generate(**x, max_new_tokens=2, do_sample=False, pad_token_id=0).shape[1] > x.input_ids.shape[1]

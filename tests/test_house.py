@@ -93,6 +93,7 @@ def test_a_notebook_is_small_and_clean(nb):
             assert len(json.dumps(out)) <= 200_000
     prose = [c for c in all_cells if c["cell_type"] == "markdown"]
     assert source(prose[0]).startswith("# ") and (nb.stem == "index" or re.search(r"^> \S", source(prose[0]), re.M)), "a title, and what it is about in one sentence"
+    assert not re.search(r"^> .*\n[^\n]", source(prose[0]), re.M), "the sentence becomes the module's docstring, so it stands on one line"
     tagged = [c for c in all_cells if "parameters" in c["metadata"].get("tags", [])]
     assert len(tagged) == (1 if nb.parent.name == "recipes" else 0)
 

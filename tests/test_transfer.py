@@ -127,8 +127,8 @@ def test_rounding_is_no_direction(dtype):
     torch.manual_seed(1)
     for n, D, rank in ((300, 64, 7), (40, 64, 7), (3000, 20, 5)):
         rows = (torch.randn(n, rank) @ torch.randn(rank, D) + 3*torch.randn(D)).to(dtype)
-        assert module._rank(rows) == (rank, min(n - 1, D))
-    assert module._rank(torch.ones(50, 8, dtype=dtype)*0.1) == (0, 8) and module._rank(torch.randn(1, 8).to(dtype)) == (0, 0)
+        assert module._rank(rows, torch.arange(len(rows))) == (rank, min(n - 1, D))
+    assert module._rank(torch.ones(50, 8, dtype=dtype)*0.1, torch.arange(50)) == (0, 8) and module._rank(torch.randn(1, 8).to(dtype), torch.arange(1)) == (0, 0)
 
 def spoilt(home, to, **change):
     "Copies of source and helper, with functions applied to the table of either."

@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #5ba5da53
+# %% ../../nbs/batch/40_cli.ipynb #9157428a
 _METHODS = "random, overlap, mean, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
@@ -77,6 +77,7 @@ def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large
                                                "its tokenizer is kept.")],
          out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the new checkpoint and its report.")] = None,
          method: Annotated[str, typer.Option(help=f"How new rows are made: {_METHODS}.")] = "procrustes",
+         architecture: Annotated[str | None, typer.Option(help="Class of the source, where its config names none, or another one.")] = None,
          match: Annotated[str, typer.Option(help="exact: tokens are shared by their string; canonical: by the text they mean.")] = "exact",
          top_k: Annotated[int | None, typer.Option(help="Nearest tokens that count (softmax, wechsel).")] = None,
          temperature: Annotated[float | None, typer.Option(help="Of the weights (softmax, clp+, wechsel).")] = None,
@@ -95,10 +96,12 @@ def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large
     if out is None and not dry_run: raise Refusal("no folder is named to write to", "add OUT, or --dry-run")
     if out is not None: _place(out)
     _say(f"reading {source} and {helper}")
+    from seqwarm.core.checkpoint import Checkpoint
     from seqwarm.methods.transfer import transfer
     options = {k: v for k, v in dict(top_k=top_k, temperature=temperature, ridge=ridge).items() if v is not None}
     if source_vectors or helper_vectors or dictionary: options |= dict(vectors=(source_vectors, helper_vectors), dictionary=dictionary)
-    new = transfer(source, helper, corpus, method=method, match=match, norm=norm_correct, pad_to=pad_to, seed=seed, **options)
+    new = transfer(Checkpoint(source, architecture), helper, corpus, method=method, match=match, norm=norm_correct,
+                   pad_to=pad_to, seed=seed, **options)
     _show(new.told())
     if dry_run: return
     _say(f"writing {out}")

@@ -51,10 +51,11 @@ def _header(path: Path) -> dict[str, dict]:
     if size != end: raise Refusal(f"{path} is damaged: it has {size} bytes and should have {end}", _AGAIN)
     return head
 
-# %% ../../nbs/core/20_checkpoint.ipynb #0308688e
+# %% ../../nbs/core/20_checkpoint.ipynb #0b9d6b31
 _WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WANTED = ["model*.safetensors", _INDEX, "config.json", "generation_config.json", "seqwarm.json", "plan.json", "plan.safetensors",
-           "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*"]
+           "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
+           "adapter_config.json"]
 
 def _json(path: Path) -> Any:
     try: found = json.loads(path.read_text(encoding="utf-8"))
@@ -81,7 +82,7 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
     if any(f for p in _PICKLED for f in folder.glob(p)):
         raise Refusal(f"{folder} holds pickled weights only, which are never loaded here",
                       "convert them where you trust them: AutoModel.from_pretrained(IN).save_pretrained(OUT) with the model's own class")
-    raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model?")
+    raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model? Pickled weights are never loaded here")
 
 # %% ../../nbs/core/20_checkpoint.ipynb #c5195abd
 def _folder(path: str | Path) -> Path:
@@ -122,7 +123,7 @@ def finite(x: torch.Tensor) -> bool:   # on the CPU
     room = np.empty(min(n, len(bits)), bits.dtype)
     return all(np.bitwise_and(part, mask, out=room[:len(part)]).max() < mask for part in (bits[i:i + n] for i in range(0, len(bits), n)))
 
-# %% ../../nbs/core/20_checkpoint.ipynb #baea0c3e
+# %% ../../nbs/core/20_checkpoint.ipynb #da4af22a
 class Checkpoint:
     "A checkpoint on disk: names and shapes at once, numbers when they are asked for."
     def __init__(self,
@@ -175,7 +176,8 @@ class Checkpoint:
     @property
     def name(self) -> str:
         "What it is called: by its card, or else by its folder."
-        return Card.load(self.path).name if (self.path/"seqwarm.json").exists() else Path(self.origin).name
+        if (self.path/"seqwarm.json").exists(): return Card.load(self.path).name
+        return self.path.resolve().name if Path(self.origin).is_dir() else self.origin.split("/")[-1]
     @cached_property
     def card(self) -> "Card":
         "Its card; one without parents and cost if it was not made here (then all bytes are read, for the id)."
@@ -183,8 +185,12 @@ class Checkpoint:
         return Card(self.name, "found", id=fingerprint(["found", [], self.fingerprint]))
     @property
     def generation(self) -> dict | None:
-        "The content of generation_config.json, if there is one."
-        return _json(self.path/"generation_config.json") if (self.path/"generation_config.json").exists() else None
+        "The content of generation_config.json; of old checkpoints, what their config.json says of it. None if there is neither."
+        if (self.path/"generation_config.json").exists(): return _json(self.path/"generation_config.json")
+        from transformers import GenerationConfig
+        known = GenerationConfig().to_dict()
+        own = {k: v for k, v in _json(self.path/"config.json").items() if k in known and k != "transformers_version"}
+        return {k: v for k, v in own.items() if k not in self.config or k.endswith("_token_id")} if set(own) - set(self.config) else None
 
 def _weights_fingerprint(files: Iterable[Path]) -> str: return fingerprint([file_fingerprint(f) for f in files])
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['report', 'Transfer', 'transfer']
 
-# %% ../../nbs/methods/12_transfer.ipynb #d8445c9c
+# %% ../../nbs/methods/12_transfer.ipynb #83679712
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,10 +24,10 @@ from ..core.plan import Plan
 from ..core.record import _plain
 from ..core.vocab import load_tokenizer
 from ..core.write import write
-from .clp import clp
+from .clp import clp, fit
 from .embed import METHODS, _helper, _normaliser, weights
 
-# %% ../../nbs/methods/12_transfer.ipynb #2ba59a21
+# %% ../../nbs/methods/12_transfer.ipynb #69ae5c19
 _CHUNK = 1024   # rows at once
 
 def _kinds(plan: Plan, special: set[int]) -> pd.Series:
@@ -37,7 +37,7 @@ def _kinds(plan: Plan, special: set[int]) -> pd.Series:
     kind[(origin >= 0) & kind.index.isin(special)] = "special"
     return kind
 
-def _sums(H: torch.Tensor, E: torch.Tensor, arrays: Mapping, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
+def _row_sums(H: torch.Tensor, E: torch.Tensor, arrays: Mapping, new: torch.Tensor) -> tuple[np.ndarray, np.ndarray, int]:
     "The paper's normaliser of each new row, whether the guard holds it, and how many helper rows are zero."
     of, z, held, zero = _normaliser(E, H, arrays["origin"], arrays["anchors"]), [], [], 0
     for ids in new.split(_CHUNK):
@@ -58,14 +58,14 @@ def _weight_facts(plan: Plan, row: Any, H: torch.Tensor, E: torch.Tensor, new: t
     return dict(negative=float((w.clamp_max(0).abs().sum(1)/size).median()),
                 effective_anchors=float((size.square()/w.square().sum(1)).median()))
 
-# %% ../../nbs/methods/12_transfer.ipynb #5e5a9ff9
+# %% ../../nbs/methods/12_transfer.ipynb #e2a6a2a0
 _ROWS = 1024   # that the rank is told from
 
-def _rank(rows: torch.Tensor) -> tuple[int, int]:
-    "In how many directions rows (n, D) differ, and in how many they could; told from rows that are spread over all."
-    x = rows[torch.linspace(0, len(rows) - 1, min(len(rows), _ROWS)).long()].double()
+def _rank(table: torch.Tensor, ids: torch.Tensor) -> tuple[int, int]:
+    "In how many directions rows of a table differ, and in how many they could; told from some that are spread over all."
+    x = table[ids[torch.linspace(0, len(ids) - 1, min(len(ids), _ROWS)).long()]].double()
     n, D = x.shape
-    noise = max(torch.finfo(rows.dtype).eps, 1e-5)*float(x.square().mean().sqrt())*(n**0.5 + D**0.5)
+    noise = max(torch.finfo(table.dtype).eps, 1e-5)*float(x.square().mean().sqrt())*(n**0.5 + D**0.5)
     x = x - x.mean(0)
     eigen = torch.linalg.eigvalsh(x @ x.T if n < D else x.T @ x)
     return int((eigen > noise**2).sum()), min(n - 1, D)
@@ -77,7 +77,7 @@ def _row_facts(table: torch.Tensor, kind: pd.Series) -> tuple[dict[str, Any], np
     mean = {k: torch.stack([table[ids].double().sum(0) for ids in i.split(_CHUNK)]).sum(0)/len(i) for k, i in at.items()}
     spread = {k: float(sum((table[ids].double() - mean[k]).square().sum() for ids in i.split(_CHUNK))/len(i))**0.5 for k, i in at.items()}
     median = {k: float(np.median(norms[i.numpy()])) for k, i in at.items()}
-    rank, most = _rank(table[at["new"]])
+    rank, most = _rank(table, at["new"])
     return dict(norm_new=median["new"], norm_shared=median["shared"], norm_ratio=median["new"]/max(median["shared"], 1e-300),
                 norm_largest=float(norms[at["new"].numpy()].max()), spread_ratio=spread["new"]/max(spread["shared"], 1e-300),
                 rank=rank, rank_at_most=most), norms
@@ -123,7 +123,7 @@ def _changed_ids(old: Mapping | None, new: Mapping | None) -> dict[str, list]:
     pairs = {k: [old.get(k), new.get(k)] for k in (old or {}) if k.endswith(("_token_id", "_tokens", "_words_ids", "_decoder_ids"))}
     return {k: v for k, v in pairs.items() if v[0] is not None and v[0] != v[1]}
 
-# %% ../../nbs/methods/12_transfer.ipynb #9982f4a2
+# %% ../../nbs/methods/12_transfer.ipynb #f58299dd
 def _warnings(f: dict[str, Any]) -> list[str]:
     "What somebody should know before spending a GPU on this start."
     t, r, w = f["tokens"], f["rows"], f["weights"]
@@ -132,6 +132,7 @@ def _warnings(f: dict[str, Any]) -> list[str]:
     said = [
         (reads and f["guarded"] > 0.2*n,
          f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
+        (f["shift"] > 64, f"the padding id adds {f['shift']:,} rows to the position table: give the helper's tokenizer a low one"),
         (f["method"] == "clp" and f["guarded"] > 0,
          "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
         (reads and t["zero_helper"] > 0, f"{t['zero_helper']:,} new tokens have a helper row of zeros, or none, and got the mean row"),
@@ -158,7 +159,7 @@ def _warnings(f: dict[str, Any]) -> list[str]:
     lost = [k for k, (_, new) in f["ids"].items() if new is None and k != "sep_token_id"]
     return [text for told, text in said if told] + [f"{k} has no counterpart in the new tokenizer and is empty" for k in lost]
 
-# %% ../../nbs/methods/12_transfer.ipynb #8f2347c0
+# %% ../../nbs/methods/12_transfer.ipynb #a2396fbc
 def report(plan: Plan,                           # from `clp`
            sources: Mapping[str, Checkpoint],    # "source" and "helper"
            corpus: str | None = None,            # a corpus string in the target's language: whose tokens are how far shared
@@ -172,7 +173,7 @@ def report(plan: Plan,                           # from `clp`
     H, E, kind = helper.read(embed), source.read(name), _kinds(plan, set(_specials(ours)))
     table = plan.make(name, sources).movedim(source.layout.tensors[name].axes.index("vocab"), 0)
     new, (rows, norms) = torch.nonzero(plan.arrays["origin"] == -1)[:, 0], _row_facts(table, kind)
-    z, held, zero = _sums(H, E, plan.arrays, new)
+    z, held, zero = _row_sums(H, E, plan.arrays, new)
     frame = pd.DataFrame(dict(id=range(len(kind)), kind=kind, norm=norms, row_sum=np.nan, guarded=False))
     frame.loc[new.numpy(), "row_sum"] = z; frame.loc[new.numpy(), "guarded"] = held
     n = {k: int((kind == k).sum()) for k in ("shared", "special", "new", "padding")}
@@ -248,7 +249,7 @@ def _page(plan: Plan, facts: dict[str, Any], rows: pd.DataFrame) -> str:
                  "Some new tokens, and the source tokens whose rows are nearest to theirs:", sample,
                  "Plan and report, as the command prints them:", _told(plan, facts)])
 
-# %% ../../nbs/methods/12_transfer.ipynb #f0e60007
+# %% ../../nbs/methods/12_transfer.ipynb #eababff4
 @dataclass
 class Transfer:
     "A transfer that is thought through and not yet carried out."
@@ -264,7 +265,7 @@ class Transfer:
     def write(self, out: str | Path) -> Checkpoint:
         "The new checkpoint, with report.json and report.html beside it."
         theirs, ours = self.tokenizers
-        ours.model_max_length = theirs.model_max_length
+        fit(ours, theirs)
         page = _page(self.plan, self.facts, self.rows)
         return write(self.plan, self.sources, out, ours, extra={"report.json": self.facts, "report.html": page})
 

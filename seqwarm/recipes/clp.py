@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Language', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #9cc22d61
+# %% ../../nbs/recipes/10_clp.ipynb #ef933572
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -26,7 +26,7 @@ from ..core.plan import Plan
 from ..core.train import Stage, Trained, train
 from ..core.vocab import load_tokenizer, train_tokenizer
 from ..core.write import write
-from ..methods.clp import clp
+from ..methods.clp import clp, fit
 from ..methods.embed import METHODS
 
 # %% ../../nbs/recipes/10_clp.ipynb #1d1fea2a
@@ -124,7 +124,7 @@ def existing(p: SimpleNamespace, store: Path, a: Language | None, b: Language, s
         return Checkpoint(_pretrain(p, store, lang, model, f"{name} {seed}", [Stage(steps, p.rates[len(p.rates) // 2])], seed).path)
     return {name: models.get(name) or made(name, *size) for name, size in sizes.items()}
 
-# %% ../../nbs/recipes/10_clp.ipynb #f8d92b19
+# %% ../../nbs/recipes/10_clp.ipynb #58eae8c3
 def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
     "The new model's first checkpoint by a plan; found again if it was written before."
     parents = [c.card for c in sources.values()]
@@ -132,7 +132,7 @@ def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
     with PartialState().main_process_first():   # of several ranks one writes
         if not out.exists():
             card = Card.child(f"{plan.notes['method']} {plan.seed}", "clp", parents, plan=plan.summary())
-            write(plan, sources, out, load_tokenizer(sources["helper"].path), card)
+            write(plan, sources, out, fit(*(load_tokenizer(sources[x].path) for x in ("helper", "source"))), card)
     return Checkpoint(out)
 
 # %% ../../nbs/recipes/10_clp.ipynb #ae0ad360
