@@ -16,7 +16,7 @@ from ..core.checkpoint import finite
 from ..core.errors import Refusal
 from ..core.plan import operation
 
-# %% ../../nbs/methods/05_embed.ipynb #34224917
+# %% ../../nbs/methods/05_embed.ipynb #556189f3
 _BLOCK = 1 << 22  # bytes of float64 that are worked on at once
 
 def _blocks(ids: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -32,12 +32,12 @@ def _fill(S: Tensor, rule: Callable[[Tensor], Tensor], shape: tuple, origin: Ten
     out[origin == -2] = _center(flat, origin, anchors).to(S.dtype)
     for here in _blocks(torch.arange(len(origin)), flat.shape[1]):
         keep, make = here[copied[here]], here[~copied[here] & (origin[here] > -2)]
-        out[keep] = flat[origin[keep]]
+        out.index_copy_(0, keep, flat.index_select(0, origin[keep]))
         if not len(make): continue
         rows = rule(make)
         if not finite(rows): raise Refusal("a new row of the table is not finite", "use the method 'guarded'")
         if length is not None: rows = rows*(length/rows.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(rows.dtype)
-        out[make] = rows.to(S.dtype)
+        out.index_copy_(0, make, rows.to(S.dtype))
     rest = [n for i, n in enumerate(shape) if i != axis]
     return out.reshape(len(origin), *rest).movedim(0, axis)
 
@@ -45,23 +45,22 @@ def _flat(S: Tensor, axis: int) -> Tensor: return S.movedim(axis, 0).reshape(S.s
 
 def _center(flat: Tensor, origin: Tensor, anchors: Tensor) -> Tensor:
     "Mean of the anchors' source rows, in float64."
-    return torch.stack([flat[origin[ids]].sum(0, dtype=torch.float64) for ids in _blocks(anchors, flat.shape[1])]).sum(0)/len(anchors)
+    parts = _blocks(anchors, flat.shape[1])
+    return torch.stack([flat.index_select(0, origin[ids]).sum(0, dtype=torch.float64) for ids in parts]).sum(0)/len(anchors)
 
 def _wide(S: Tensor) -> torch.dtype: return torch.float64 if S.dtype == torch.float64 else torch.float32  # that rows are made in
 
-# %% ../../nbs/methods/05_embed.ipynb #3389cc56
+# %% ../../nbs/methods/05_embed.ipynb #b8c1264c
 def _helper(H: Tensor, ids: Tensor, unit: bool = True) -> Tensor:
     "Helper rows in float64, of length one if `unit`; zero for ids beyond its rows and for rows that are zero."
-    rows = torch.zeros(len(ids), H.shape[1], dtype=torch.float64)
-    there = ids < H.shape[0]
-    rows[there] = H[ids[there]].double()
-    if not unit: return rows
-    norm = rows.norm(dim=1, keepdim=True)
-    return torch.where(norm > 0, rows/norm, 0.0)
+    rows = H.index_select(0, ids.clamp_max(len(H) - 1)).double()
+    if bool((beyond := ids >= len(H)).any()): rows[beyond] = 0
+    return rows.div_(rows.norm(dim=1, keepdim=True).clamp_min(1e-300)) if unit else rows
 
 def _around(m: Tensor, h: Tensor, rows: Tensor) -> Tensor:
-    "m + rows; m alone where the helper's row h is zero."
-    return m.to(rows.dtype) + torch.where((h != 0).any(1, keepdim=True), rows, 0.0)
+    "m + rows, in place; m alone where the helper's row h is zero."
+    if bool((silent := (h == 0).all(1)).any()): rows[silent] = 0
+    return rows.add_(m.to(rows.dtype))
 
 # %% ../../nbs/methods/05_embed.ipynb #02863c36
 @operation("embed.random")
@@ -85,14 +84,14 @@ def _mean(S: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: int = 0, n
     m = _center(_flat(S, axis), origin, anchors)
     return _fill(S, lambda ids: m.expand(len(ids), -1), shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #8b038114
+# %% ../../nbs/methods/05_embed.ipynb #001e7223
 def _sums(S: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, center: Tensor) -> tuple[Tensor, Tensor]:
     "K = H'(S - center) and z = H'1 over the anchors, some rows at a time, summed in float64."
     K, z = torch.zeros(H.shape[1], S.shape[1], dtype=torch.float64), torch.zeros(H.shape[1], dtype=torch.float64)
     center = center.to(_wide(S))
     for ids in _blocks(anchors, max(H.shape[1], S.shape[1])):
         h = _helper(H, ids)
-        K += h.T.to(_wide(S)) @ (S[origin[ids]].to(_wide(S)) - center); z += h.sum(0)
+        K += h.T.to(_wide(S)) @ (S.index_select(0, origin[ids]).to(_wide(S)) - center); z += h.sum(0)
     return K, z
 
 @operation("embed.clp")
@@ -102,14 +101,14 @@ def _clp(S: Tensor, H: Tensor, *, shape, origin: Tensor, anchors: Tensor, axis: 
     m = _center(flat, origin, anchors)
     K, z = _sums(flat, H, origin, anchors, m)   # around the mean, which the weights leave where it is: less is rounded
     K = K.to(w)
-    def rule(ids): h = _helper(H, ids); return _around(m, h, h.to(w) @ K/(h @ z)[:, None].to(w))
+    def rule(ids): h = _helper(H, ids); return _around(m, h, (h.to(w) @ K).div_((h @ z)[:, None].to(w)))
     return _fill(S, rule, shape, origin, anchors, axis, norm)
 
-# %% ../../nbs/methods/05_embed.ipynb #cc377449
+# %% ../../nbs/methods/05_embed.ipynb #20ef74e2
 def _spread(E: Tensor, m: Tensor, origin: Tensor, anchors: Tensor) -> Tensor:
     "Root mean square distance of the anchors' rows from m."
     parts = _blocks(anchors, E.shape[1])
-    return torch.stack([(E[origin[ids]].double() - m).square().sum() for ids in parts]).sum().div(len(anchors)).sqrt()
+    return torch.stack([(E.index_select(0, origin[ids]).double() - m).square().sum() for ids in parts]).sum().div(len(anchors)).sqrt()
 
 def _normaliser(E: Tensor, H: Tensor, origin: Tensor, anchors: Tensor, dtype: torch.dtype = torch.float64
                 ) -> Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]:
