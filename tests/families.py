@@ -168,7 +168,7 @@ class Made:
         self.source = _save(self.home/"source", self.big, self.theirs)
         self.helper = _save(self.home/"helper", model(other, 20, True, seed=9), self.ours)
         self.old, self.both = load_file(self.source/"model.safetensors"), overlap(self.theirs, self.ours, "canonical")
-        self.transfer = transfer(self.source, self.helper, match="canonical")
+        self.transfer = transfer(self.source, self.helper, method="guarded", match="canonical")
         self.transfer.write(self.home/"out")
         self.out, self.new = self.home/"out", load_file(self.home/"out"/"model.safetensors")
     def again(self, source: Path, helper: Path | None = None, name: str = "again", **how) -> Path:
@@ -185,7 +185,7 @@ class Made:
 def carry(source: Path, helper: Path, out: Path, **how) -> Path:
     "clp and write, without a report."
     a, b = Checkpoint(source), Checkpoint(helper)
-    write(clp(a, b, match="canonical", **how), {"source": a, "helper": b}, out, load_tokenizer(b.path))
+    write(clp(a, b, **{"method": "guarded", "match": "canonical"} | how), {"source": a, "helper": b}, out, load_tokenizer(b.path))
     return out
 
 FILES = "model.safetensors", "config.json", "generation_config.json", "plan.safetensors", "tokenizer.json"
@@ -342,7 +342,7 @@ def _padded(folder: Path, to: Path, rows: int, by: int) -> Path:
 def padded(x: Made):
     "Rows of real tokens are those that come out without padding."
     source, helper = _padded(x.source, x.home/"wide", len(x.theirs), 13), _padded(x.helper, x.home/"wide helper", len(x.ours), 7)
-    out, n = x.again(source, helper, "wide-out", pad_to=64), -(-len(x.ours)//64)*64
+    out, n = x.again(source, helper, "wide-out", pad_to=32), -(-len(x.ours)//32)*32
     new = load_file(out/"model.safetensors")
     assert n > len(x.ours) and set(new) == set(x.new)
     for name, t in new.items():
