@@ -108,7 +108,8 @@ def test_at_a_terminal_and_for_a_reader_who_has_seen_enough(here):
     assert [line.strip() for line in said.splitlines()] == ["seqwarm: reading source and helper ...", "seqwarm: writing out ..."]
 
 SLOW = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)   # a shell's job in the background inherits its deafness
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.batch.cli import main
 real = Checkpoint.pieces
@@ -139,7 +140,7 @@ def test_the_recipe_takes_paths(here, made):
     record = json.loads(Path("runs/clp/record.json").read_text())
     assert str(made/"source") in record["lines"][0] and f"words from {made/'helper'}" in record["lines"][0] and "GPT2LMHeadModel of 1 layers x 16" in record["lines"][1]
     [warm] = Path("runs/store").glob("warm-*")
-    transfer(made/"source", made/"helper").write("out")
+    transfer(made/"source", made/"helper", method="guarded").write("out")
     assert (warm/"model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
 # ---- mistakes ---------------------------------------------------------------------------------------------------------------
@@ -153,7 +154,7 @@ TYPED = {   # what is typed -> what the line says
     ("./nope", "helper", "out"): "./nope is not a folder", ("file", "helper", "out"): "file is not a folder", ("tmp", "helper", "out"): "holds no config.json",
     ("source", "nobody/nothing", "out"): "there is no folder nobody/nothing, and the hub does not give it", ("no such name", "helper", "out"): "the hub does not give it",
     ("source", "source", "out"): "knows every token", ("source", "helper", "out", "--method", "gaurded"): "did you mean 'guarded'?", ("source", "helper", "out", "--methd", "clp"): "No such option",
-    ("source", "helper", "out", "--match", "cannonical"): "did you mean 'canonical'?", ("source", "helper", "out", "--top-k", "3"): "no option of guarded 'top_k'",
+    ("source", "helper", "out", "--match", "cannonical"): "did you mean 'canonical'?", ("source", "helper", "out", "--top-k", "3"): "no option of procrustes 'top_k'",
     ("source", "helper", "out", "--method", "softmax", "--ridge", "1"): "no option of softmax 'ridge'", ("source", "helper", "out", "--method", "softmax", "--top-k", "0"): "top_k cannot be 0",
     ("source", "helper", "out", "--method", "softmax", "--top-k", "x"): "Invalid value for '--top-k'", ("source", "helper", "out", "--method", "softmax", "--temperature", "nan"): "temperature cannot be nan",
     ("source", "helper", "out", "--method", "lstsq", "--ridge", "-1"): "ridge cannot be -1", ("source", "helper", "out", "--seed", "-1"): "seed cannot be -1",
