@@ -35,20 +35,25 @@ def make(architecture, kw):
 
 def shapes_of(lay): return {n: t.shape for n, t in lay.stored().items()}
 
-@pytest.mark.parametrize("architecture,kw", CASES, ids=NAMES)
-def test_table_is_what_is_written(architecture, kw, tmp_path):
+def as_written(architecture, kw, folder):
+    "The model, its layout and its state, once it is shown that the table names what is written, and ties what is tied."
     m = make(architecture, kw)
-    m.save_pretrained(tmp_path)
-    with safe_open(tmp_path/"model.safetensors", "pt") as f: written = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
-    lay = layout(json.loads((tmp_path/"config.json").read_text()))
+    m.save_pretrained(folder)
+    with safe_open(folder/"model.safetensors", "pt") as f: written = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
+    lay = layout(json.loads((folder/"config.json").read_text()))
     assert shapes_of(lay) == written and lay.check(written) == {n: n for n in written}
     assert lay.tensors == layout(m.config, architecture).tensors                       # told from the file or from the object
     state = m.state_dict(keep_vars=True)
     assert set(lay.tensors) == set(state)                                              # tied ones too
-    if not architecture.startswith("XLM"): assert list(lay.tensors) == list(state)     # that class declares its head first
     assert {n: tuple(v.shape) for n, v in state.items()} == {n: t.shape for n, t in lay.tensors.items()}
     assert all(state[n].data_ptr() == state[lay.storage(t).name].data_ptr() for n, t in lay.tensors.items())
     assert len({v.data_ptr() for v in state.values()}) == len(lay.stored())            # and nothing else is shared
+    return m, lay, state
+
+@pytest.mark.parametrize("architecture,kw", CASES, ids=NAMES)
+def test_table_is_what_is_written(architecture, kw, tmp_path):
+    _, lay, state = as_written(architecture, kw, tmp_path)
+    if not architecture.startswith("XLM"): assert list(lay.tensors) == list(state)     # that class declares its head first
 
 def test_arrows_are_the_matrices_that_multiply():
     "A tensor has an arrow exactly if it is the weight of a Linear or Conv1D, and the arrow points to what comes out."

@@ -1,8 +1,6 @@
 "Encoders after BERT: their tables against what transformers writes, files as they lie on the hub, and FLOPs as torch counts them."
-import json
 import numpy as np
 import pytest, torch, transformers as hf
-from safetensors import safe_open
 from torch.utils.flop_counter import FlopCounterMode
 from seqwarm.core.corpus import Packed
 from seqwarm.core.errors import Refusal
@@ -11,7 +9,7 @@ from seqwarm.core.ledger import describe, flops
 from seqwarm.core.objectives import _inputs
 from seqwarm.core.overlap import overlap
 from test_clp import de, en, go, gpt2
-from test_layout import BERT, LABELS, TIES, make, shapes_of
+from test_layout import as_written, BERT, LABELS, TIES, make, shapes_of
 
 TINY = BERT | dict(bos_token_id=None, eos_token_id=None)
 ELECTRA, MPNET, MODERN = TINY | dict(embedding_size=8), TINY, TINY | dict(pad_token_id=0, cls_token_id=None, sep_token_id=None, num_hidden_layers=3)
@@ -38,17 +36,8 @@ NAMES = [a + "".join(f"-{k}={v}" for k, v in kw.items() if k not in COMMON or CO
 
 @pytest.mark.parametrize("architecture,kw", CASES, ids=NAMES)
 def test_table_is_what_is_written(architecture, kw, tmp_path):
-    m = make(architecture, kw)
-    m.save_pretrained(tmp_path)
-    with safe_open(tmp_path/"model.safetensors", "pt") as f: written = {n: tuple(f.get_slice(n).get_shape()) for n in f.keys()}
-    lay = layout(json.loads((tmp_path/"config.json").read_text()))
-    assert shapes_of(lay) == written and lay.check(written) == {n: n for n in written}
-    assert lay.tensors == layout(m.config, architecture).tensors
-    state = m.state_dict(keep_vars=True)
-    assert list(lay.tensors) == list(state)                                             # tied ones too, in the model's order
-    assert {n: tuple(v.shape) for n, v in state.items()} == {n: t.shape for n, t in lay.tensors.items()}
-    assert all(state[n].data_ptr() == state[lay.storage(t).name].data_ptr() for n, t in lay.tensors.items())
-    assert len({v.data_ptr() for v in state.values()}) == len(lay.stored())
+    m, lay, state = as_written(architecture, kw, tmp_path)
+    assert list(lay.tensors) == list(state)                                             # in the model's order
     linear = {f"{n}.weight": 0 for n, x in m.named_modules() if isinstance(x, (torch.nn.Linear, torch.nn.Conv1d))}
     assert {n: t.out for n, t in lay.tensors.items() if t.out is not None} == linear    # arrows are the matrices that multiply
 

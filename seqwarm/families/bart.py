@@ -29,9 +29,10 @@ def _layer(stack: str, cross: str = "") -> str:
     .{stack}.layers.{{L}}.fc2.weight|bias                        ffn.down      hidden < ffn
     .{stack}.layers.{{L}}.final_layer_norm.weight|bias           ffn.norm      hidden"""
 
-# %% ../../nbs/families/50_bart.ipynb #90c285c7
-FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_read,
-    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version", table=f"""
+# %% ../../nbs/families/50_bart.ipynb #08a9af20
+def _table(last: str = "") -> str:
+    "All rows; `last` is what else closes a stack."
+    return f"""
     final_logits_bias                                            head.bias        one vocab       if head optional
     .shared.weight                                               embed.token      vocab hidden
   encoder:
@@ -39,6 +40,7 @@ FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_rea
     .encoder.embed_positions.weight                              embed.position   position hidden
     {_layer("encoder")}
     .encoder.layernorm_embedding.weight|bias                     embed.norm       hidden
+    {last.format(stack="encoder")}
   decoder:
     .decoder.embed_tokens.weight                                 embed.token      vocab hidden    = .shared.weight
     .decoder.embed_positions.weight                              embed.position   position hidden
@@ -49,5 +51,9 @@ FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_rea
     .decoder.layers.{L}.encoder_attn.out_proj.weight|bias        cross.o       hidden < heads
     .decoder.layers.{L}.encoder_attn_layer_norm.weight|bias      cross.norm    hidden''')}
     .decoder.layernorm_embedding.weight|bias                     embed.norm       hidden
+    {last.format(stack="decoder")}
     lm_head.weight                                               head             vocab < hidden  = .shared.weight   if head
-""")
+"""
+
+FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_read,
+    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version", table=_table())

@@ -5,38 +5,31 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/22_gemma.ipynb #cb7cb281
+# %% ../../nbs/families/22_gemma.ipynb #27d5d2a2
 from ..core.layout import Family
+from .llama import _ATTN, _FFN
 
-# %% ../../nbs/families/22_gemma.ipynb #dca331cd
+# %% ../../nbs/families/22_gemma.ipynb #73195023
 def _read(c: dict) -> dict:
     "Sizes and conditions from the config of a Gemma model."
     H, head = c["num_attention_heads"], c["head_dim"]
+    bias = bool(c.get("attention_bias"))
     return dict(vocab=c["vocab_size"], hidden=c["hidden_size"], heads=H*head, kv_heads=c["num_key_value_heads"]*head, head=head,
-                ffn=c["intermediate_size"], layers=c["num_hidden_layers"], bias=bool(c.get("attention_bias")),
+                ffn=c["intermediate_size"], layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias,
                 qk_norm=c["model_type"] == "gemma3_text")
 
-# %% ../../nbs/families/22_gemma.ipynb #34df07a1
+# %% ../../nbs/families/22_gemma.ipynb #c3ca7225
 FAMILY = Family("gemma", {"gemma2": "Gemma2", "gemma3_text": "Gemma3 Gemma3Text"}, prefix="model", norm="both", read=_read,
-    parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb(?:_local)?\.inv_freq", table="""
+    parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb(?:_local)?\.inv_freq", table=f"""
     .embed_tokens.weight                             embed.token      vocab hidden
-    .layers.{L}.self_attn.q_proj.weight              attn.q           heads < hidden
-    .layers.{L}.self_attn.q_proj.bias                attn.q.bias      heads               if bias
-    .layers.{L}.self_attn.k_proj.weight              attn.k           kv_heads < hidden
-    .layers.{L}.self_attn.k_proj.bias                attn.k.bias      kv_heads            if bias
-    .layers.{L}.self_attn.v_proj.weight              attn.v           kv_heads < hidden
-    .layers.{L}.self_attn.v_proj.bias                attn.v.bias      kv_heads            if bias
-    .layers.{L}.self_attn.o_proj.weight              attn.o           hidden < heads
-    .layers.{L}.self_attn.o_proj.bias                attn.o.bias      hidden              if bias
-    .layers.{L}.self_attn.q_norm.weight              attn.q_norm      head                if qk_norm
-    .layers.{L}.self_attn.k_norm.weight              attn.k_norm      head                if qk_norm
-    .layers.{L}.mlp.gate_proj.weight                 ffn.gate         ffn < hidden
-    .layers.{L}.mlp.up_proj.weight                   ffn.up           ffn < hidden
-    .layers.{L}.mlp.down_proj.weight                 ffn.down         hidden < ffn
-    .layers.{L}.input_layernorm.weight               attn.norm        hidden
-    .layers.{L}.post_attention_layernorm.weight      attn.norm.out    hidden
-    .layers.{L}.pre_feedforward_layernorm.weight     ffn.norm         hidden
-    .layers.{L}.post_feedforward_layernorm.weight    ffn.norm.out     hidden
+    {_ATTN}
+    .layers.{{L}}.self_attn.q_norm.weight              attn.q_norm      head                if qk_norm
+    .layers.{{L}}.self_attn.k_norm.weight              attn.k_norm      head                if qk_norm
+    {_FFN}
+    .layers.{{L}}.input_layernorm.weight               attn.norm        hidden
+    .layers.{{L}}.post_attention_layernorm.weight      attn.norm.out    hidden
+    .layers.{{L}}.pre_feedforward_layernorm.weight     ffn.norm         hidden
+    .layers.{{L}}.post_feedforward_layernorm.weight    ffn.norm.out     hidden
     .norm.weight                                     norm.final       hidden
     lm_head.weight                                   head             vocab < hidden      = .embed_tokens.weight   if head
 """)

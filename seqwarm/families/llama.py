@@ -18,10 +18,8 @@ def _read(c: dict) -> dict:
                 layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, qk_norm=kind == "qwen3",
                 mlp_bias=bool(c.get("mlp_bias")) and kind == "llama")
 
-# %% ../../nbs/families/20_llama.ipynb #2f1d6ca8
-FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}, prefix="model", norm="pre",
-    read=_read, parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table="""
-    .embed_tokens.weight                           embed.token     vocab hidden
+# %% ../../nbs/families/20_llama.ipynb #6caea374
+_ATTN = """
     .layers.{L}.self_attn.q_proj.weight            attn.q          heads < hidden
     .layers.{L}.self_attn.q_proj.bias              attn.q.bias     heads              if qkv_bias
     .layers.{L}.self_attn.k_proj.weight            attn.k          kv_heads < hidden
@@ -30,16 +28,26 @@ FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen
     .layers.{L}.self_attn.v_proj.bias              attn.v.bias     kv_heads           if qkv_bias
     .layers.{L}.self_attn.o_proj.weight            attn.o          hidden < heads
     .layers.{L}.self_attn.o_proj.bias              attn.o.bias     hidden             if o_bias
-    .layers.{L}.self_attn.q_norm.weight            attn.q_norm     head               if qk_norm
-    .layers.{L}.self_attn.k_norm.weight            attn.k_norm     head               if qk_norm
+"""   # also of other models in Llama's style
+
+_FFN = """
     .layers.{L}.mlp.gate_proj.weight               ffn.gate        ffn < hidden
     .layers.{L}.mlp.gate_proj.bias                 ffn.gate.bias   ffn                if mlp_bias
     .layers.{L}.mlp.up_proj.weight                 ffn.up          ffn < hidden
     .layers.{L}.mlp.up_proj.bias                   ffn.up.bias     ffn                if mlp_bias
     .layers.{L}.mlp.down_proj.weight               ffn.down        hidden < ffn
     .layers.{L}.mlp.down_proj.bias                 ffn.down.bias   hidden             if mlp_bias
-    .layers.{L}.input_layernorm.weight             attn.norm       hidden
-    .layers.{L}.post_attention_layernorm.weight    ffn.norm        hidden
+"""
+
+FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}, prefix="model", norm="pre",
+    read=_read, parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table=f"""
+    .embed_tokens.weight                           embed.token     vocab hidden
+    {_ATTN}
+    .layers.{{L}}.self_attn.q_norm.weight            attn.q_norm     head               if qk_norm
+    .layers.{{L}}.self_attn.k_norm.weight            attn.k_norm     head               if qk_norm
+    {_FFN}
+    .layers.{{L}}.input_layernorm.weight             attn.norm       hidden
+    .layers.{{L}}.post_attention_layernorm.weight    ffn.norm        hidden
     .norm.weight                                   norm.final      hidden
     lm_head.weight                                 head            vocab < hidden     = .embed_tokens.weight   if head
 """)

@@ -5,31 +5,11 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/52_mbart.ipynb #9b2988c1
+# %% ../../nbs/families/52_mbart.ipynb #08636eb9
 from ..core.layout import Family
-from .bart import _layer, _read   # rows and sizes of a layer are BART's
+from .bart import _read, _table   # rows and sizes of a layer are BART's
 
-# %% ../../nbs/families/52_mbart.ipynb #363f9b2b
+# %% ../../nbs/families/52_mbart.ipynb #7456cb3e
 FAMILY = Family("mbart", {"mbart": "MBart"}, prefix="model", norm="pre", read=_read,
-    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version", table=f"""
-    final_logits_bias                                            head.bias        one vocab       if head optional
-    .shared.weight                                               embed.token      vocab hidden
-  encoder:
-    .encoder.embed_tokens.weight                                 embed.token      vocab hidden    = .shared.weight
-    .encoder.embed_positions.weight                              embed.position   position hidden
-    {_layer("encoder")}
-    .encoder.layernorm_embedding.weight|bias                     embed.norm       hidden
-    .encoder.layer_norm.weight|bias                              norm.final       hidden
-  decoder:
-    .decoder.embed_tokens.weight                                 embed.token      vocab hidden    = .shared.weight
-    .decoder.embed_positions.weight                              embed.position   position hidden
-    {_layer("decoder", '''
-    .decoder.layers.{L}.encoder_attn.k_proj.weight|bias          cross.k       heads < hidden
-    .decoder.layers.{L}.encoder_attn.v_proj.weight|bias          cross.v       heads < hidden
-    .decoder.layers.{L}.encoder_attn.q_proj.weight|bias          cross.q       heads < hidden
-    .decoder.layers.{L}.encoder_attn.out_proj.weight|bias        cross.o       hidden < heads
-    .decoder.layers.{L}.encoder_attn_layer_norm.weight|bias      cross.norm    hidden''')}
-    .decoder.layernorm_embedding.weight|bias                     embed.norm       hidden
-    .decoder.layer_norm.weight|bias                              norm.final       hidden
-    lm_head.weight                                               head             vocab < hidden  = .shared.weight   if head
-""")
+    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version",
+    table=_table(".{stack}.layer_norm.weight|bias  norm.final  hidden"))

@@ -5,37 +5,30 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/44_mpnet.ipynb #2129f8ce
+# %% ../../nbs/families/44_mpnet.ipynb #cf669216
 from ..core.layout import Family
 from .bert import _read
+from .roberta import _HEADS
 
 # %% ../../nbs/families/44_mpnet.ipynb #db9b9d37
 def _sizes(c: dict) -> dict:
     "Sizes as BERT's without token types; one bias for each bucket of distances and each head."
     return _read(c | {"type_vocab_size": 0}) | dict(buckets=c["relative_attention_num_buckets"], n_heads=c["num_attention_heads"])
 
-# %% ../../nbs/families/44_mpnet.ipynb #d417683b
+# %% ../../nbs/families/44_mpnet.ipynb #2dd786f1
 FAMILY = Family("mpnet", {"mpnet": "MPNet"}, prefix="mpnet", norm="post", read=_sizes, begin=2,
-    parts={"ForMaskedLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled", "ForTokenClassification": "tags"}, table="""
+    parts={"ForMaskedLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled", "ForTokenClassification": "tags"}, table=f"""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
     .embeddings.position_embeddings.weight                   embed.position   position hidden
     .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
-    .encoder.layer.{L}.attention.attn.q.weight|bias          attn.q           heads < hidden
-    .encoder.layer.{L}.attention.attn.k.weight|bias          attn.k           heads < hidden
-    .encoder.layer.{L}.attention.attn.v.weight|bias          attn.v           heads < hidden
-    .encoder.layer.{L}.attention.attn.o.weight|bias          attn.o           hidden < heads
-    .encoder.layer.{L}.attention.LayerNorm.weight|bias       attn.norm        hidden
-    .encoder.layer.{L}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
-    .encoder.layer.{L}.output.dense.weight|bias              ffn.down         hidden < ffn
-    .encoder.layer.{L}.output.LayerNorm.weight|bias          ffn.norm         hidden
+    .encoder.layer.{{L}}.attention.attn.q.weight|bias          attn.q           heads < hidden
+    .encoder.layer.{{L}}.attention.attn.k.weight|bias          attn.k           heads < hidden
+    .encoder.layer.{{L}}.attention.attn.v.weight|bias          attn.v           heads < hidden
+    .encoder.layer.{{L}}.attention.attn.o.weight|bias          attn.o           hidden < heads
+    .encoder.layer.{{L}}.attention.LayerNorm.weight|bias       attn.norm        hidden
+    .encoder.layer.{{L}}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
+    .encoder.layer.{{L}}.output.dense.weight|bias              ffn.down         hidden < ffn
+    .encoder.layer.{{L}}.output.LayerNorm.weight|bias          ffn.norm         hidden
     .encoder.relative_attention_bias.weight                  attn.relative    buckets n_heads
-    .pooler.dense.weight|bias                                pooler           hidden < hidden    if pooler optional
-    lm_head.bias                                             head.bias        vocab              if head
-    lm_head.dense.weight|bias                                head.dense       hidden < hidden    if head
-    lm_head.layer_norm.weight|bias                           head.norm        hidden             if head
-    lm_head.decoder.weight                                   head             vocab < hidden = .embeddings.word_embeddings.weight if head
-    lm_head.decoder.bias                                     head.bias        vocab = lm_head.bias if head
-    classifier.dense.weight|bias                             pooler.dense     hidden < hidden    if pooled
-    classifier.out_proj.weight|bias                          pooler.labels    labels < hidden    if pooled
-    classifier.weight|bias                                   tags             labels < hidden    if tags
+    {_HEADS}
 """)

@@ -5,36 +5,29 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/24_olmo2.ipynb #cb7cb281
+# %% ../../nbs/families/24_olmo2.ipynb #27d5d2a2
 from ..core.layout import Family
+from .llama import _ATTN, _FFN
 
-# %% ../../nbs/families/24_olmo2.ipynb #e0f24aa3
+# %% ../../nbs/families/24_olmo2.ipynb #de8d22e9
 def _read(c: dict) -> dict:
     "Sizes and conditions from an OLMo 2 config."
     D, H = c["hidden_size"], c["num_attention_heads"]
     head, kv = c.get("head_dim") or D // H, c.get("num_key_value_heads") or H
+    bias = bool(c.get("attention_bias"))
     return dict(vocab=c["vocab_size"], hidden=D, heads=H*head, kv_heads=kv*head, head=head, ffn=c["intermediate_size"],
-                layers=c["num_hidden_layers"], bias=bool(c.get("attention_bias")))
+                layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias)
 
-# %% ../../nbs/families/24_olmo2.ipynb #0ef69ff9
+# %% ../../nbs/families/24_olmo2.ipynb #f30dadaf
 FAMILY = Family("olmo2", {"olmo2": "Olmo2"}, prefix="model", norm="out", read=_read, parts={"ForCausalLM": "head", "Model": ""},
-    strays=r"rotary_emb\.inv_freq", table="""
+    strays=r"rotary_emb\.inv_freq", table=f"""
     .embed_tokens.weight                             embed.token      vocab hidden
-    .layers.{L}.self_attn.q_proj.weight              attn.q           heads < hidden
-    .layers.{L}.self_attn.q_proj.bias                attn.q.bias      heads               if bias
-    .layers.{L}.self_attn.k_proj.weight              attn.k           kv_heads < hidden
-    .layers.{L}.self_attn.k_proj.bias                attn.k.bias      kv_heads            if bias
-    .layers.{L}.self_attn.v_proj.weight              attn.v           kv_heads < hidden
-    .layers.{L}.self_attn.v_proj.bias                attn.v.bias      kv_heads            if bias
-    .layers.{L}.self_attn.o_proj.weight              attn.o           hidden < heads
-    .layers.{L}.self_attn.o_proj.bias                attn.o.bias      hidden              if bias
-    .layers.{L}.self_attn.q_norm.weight              attn.q_norm      heads
-    .layers.{L}.self_attn.k_norm.weight              attn.k_norm      kv_heads
-    .layers.{L}.mlp.gate_proj.weight                 ffn.gate         ffn < hidden
-    .layers.{L}.mlp.up_proj.weight                   ffn.up           ffn < hidden
-    .layers.{L}.mlp.down_proj.weight                 ffn.down         hidden < ffn
-    .layers.{L}.post_attention_layernorm.weight      attn.norm.out    hidden
-    .layers.{L}.post_feedforward_layernorm.weight    ffn.norm.out     hidden
+    {_ATTN}
+    .layers.{{L}}.self_attn.q_norm.weight              attn.q_norm      heads
+    .layers.{{L}}.self_attn.k_norm.weight              attn.k_norm      kv_heads
+    {_FFN}
+    .layers.{{L}}.post_attention_layernorm.weight      attn.norm.out    hidden
+    .layers.{{L}}.post_feedforward_layernorm.weight    ffn.norm.out     hidden
     .norm.weight                                     norm.final       hidden
     lm_head.weight                                   head             vocab < hidden      = .embed_tokens.weight   if head
 """)

@@ -9,23 +9,8 @@ __all__ = ['FAMILY']
 from ..core.layout import Family
 from .bert import _read   # sizes stand in the config as BERT's do
 
-# %% ../../nbs/families/40_roberta.ipynb #8f698977
-FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post",
-    read=_read, begin=None,
-    parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
-           "ForTokenClassification": "tags"}, table="""
-    .embeddings.word_embeddings.weight                       embed.token      vocab hidden
-    .embeddings.token_type_embeddings.weight                 embed.type       type hidden
-    .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
-    .embeddings.position_embeddings.weight                   embed.position   position hidden
-    .encoder.layer.{L}.attention.self.query.weight|bias      attn.q           heads < hidden
-    .encoder.layer.{L}.attention.self.key.weight|bias        attn.k           heads < hidden
-    .encoder.layer.{L}.attention.self.value.weight|bias      attn.v           heads < hidden
-    .encoder.layer.{L}.attention.output.dense.weight|bias    attn.o           hidden < heads
-    .encoder.layer.{L}.attention.output.LayerNorm.weight|bias  attn.norm      hidden
-    .encoder.layer.{L}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
-    .encoder.layer.{L}.output.dense.weight|bias              ffn.down         hidden < ffn
-    .encoder.layer.{L}.output.LayerNorm.weight|bias          ffn.norm         hidden
+# %% ../../nbs/families/40_roberta.ipynb #990eac37
+_HEADS = """
     .pooler.dense.weight|bias                                pooler           hidden < hidden    if pooler optional
     lm_head.bias                                             head.bias        vocab              if head
     lm_head.dense.weight|bias                                head.dense       hidden < hidden    if head
@@ -35,4 +20,23 @@ FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, 
     classifier.dense.weight|bias                             pooler.dense     hidden < hidden    if pooled
     classifier.out_proj.weight|bias                          pooler.labels    labels < hidden    if pooled
     classifier.weight|bias                                   tags             labels < hidden    if tags
+"""   # under RoBERTa's names
+
+FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post",
+    read=_read, begin=None,
+    parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
+           "ForTokenClassification": "tags"}, table=f"""
+    .embeddings.word_embeddings.weight                       embed.token      vocab hidden
+    .embeddings.token_type_embeddings.weight                 embed.type       type hidden
+    .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
+    .embeddings.position_embeddings.weight                   embed.position   position hidden
+    .encoder.layer.{{L}}.attention.self.query.weight|bias      attn.q           heads < hidden
+    .encoder.layer.{{L}}.attention.self.key.weight|bias        attn.k           heads < hidden
+    .encoder.layer.{{L}}.attention.self.value.weight|bias      attn.v           heads < hidden
+    .encoder.layer.{{L}}.attention.output.dense.weight|bias    attn.o           hidden < heads
+    .encoder.layer.{{L}}.attention.output.LayerNorm.weight|bias  attn.norm      hidden
+    .encoder.layer.{{L}}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
+    .encoder.layer.{{L}}.output.dense.weight|bias              ffn.down         hidden < ffn
+    .encoder.layer.{{L}}.output.LayerNorm.weight|bias          ffn.norm         hidden
+    {_HEADS}
 """)

@@ -16,7 +16,7 @@ from ..core.checkpoint import finite
 from ..core.errors import Refusal
 from ..core.plan import operation
 
-# %% ../../nbs/methods/05_embed.ipynb #556189f3
+# %% ../../nbs/methods/05_embed.ipynb #4b6a1557
 _BLOCK = 1 << 22  # bytes of float64 that are worked on at once
 
 def _blocks(ids: Tensor, width: int) -> tuple[Tensor, ...]:
@@ -29,7 +29,7 @@ def _fill(S: Tensor, rule: Callable[[Tensor], Tensor], shape: tuple, origin: Ten
     flat, copied = _flat(S, axis), origin >= 0 if copied is None else copied
     length = flat[origin[anchors]].float().norm(dim=1).median().double() if norm and flat.shape[1] > 1 else None
     out = torch.empty(len(origin), flat.shape[1], dtype=S.dtype)
-    out[origin == -2] = _center(flat, origin, anchors).to(S.dtype)
+    if bool((padding := origin == -2).any()): out[padding] = _center(flat, origin, anchors).to(S.dtype)
     for here in _blocks(torch.arange(len(origin)), flat.shape[1]):
         keep, make = here[copied[here]], here[~copied[here] & (origin[here] > -2)]
         out.index_copy_(0, keep, flat.index_select(0, origin[keep]))
