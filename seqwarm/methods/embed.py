@@ -16,8 +16,8 @@ from ..core.checkpoint import finite
 from ..core.errors import Refusal
 from ..core.plan import operation
 
-# %% ../../nbs/methods/05_embed.ipynb #4b6a1557
-_BLOCK = 1 << 22  # bytes of float64 that are worked on at once
+# %% ../../nbs/methods/05_embed.ipynb #64f6072a
+_BLOCK = 1 << 24  # bytes of float64 that are worked on at once
 
 def _blocks(ids: Tensor, width: int) -> tuple[Tensor, ...]:
     "Ids of rows of a width, so many at a time as fill a block."
@@ -32,12 +32,12 @@ def _fill(S: Tensor, rule: Callable[[Tensor], Tensor], shape: tuple, origin: Ten
     if bool((padding := origin == -2).any()): out[padding] = _center(flat, origin, anchors).to(S.dtype)
     for here in _blocks(torch.arange(len(origin)), flat.shape[1]):
         keep, make = here[copied[here]], here[~copied[here] & (origin[here] > -2)]
-        out.index_copy_(0, keep, flat.index_select(0, origin[keep]))
+        out[keep] = flat.index_select(0, origin[keep])
         if not len(make): continue
         rows = rule(make)
         if not finite(rows): raise Refusal("a new row of the table is not finite", "use the method 'guarded'")
         if length is not None: rows = rows*(length/rows.norm(dim=1, keepdim=True).clamp_min(1e-30)).to(rows.dtype)
-        out.index_copy_(0, make, rows.to(S.dtype))
+        out[make] = rows.to(S.dtype)
     rest = [n for i, n in enumerate(shape) if i != axis]
     return out.reshape(len(origin), *rest).movedim(0, axis)
 
