@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['DTYPES', 'finite', 'Checkpoint', 'Card']
 
-# %% ../../nbs/core/20_checkpoint.ipynb #da4bc4e0
+# %% ../../nbs/core/20_checkpoint.ipynb #de417611
 import json, math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 import numpy as np
@@ -194,19 +195,21 @@ class Checkpoint:
 
 def _weights_fingerprint(files: Iterable[Path]) -> str: return fingerprint([file_fingerprint(f) for f in files])
 
-# %% ../../nbs/core/20_checkpoint.ipynb #ead4c4ba
+# %% ../../nbs/core/20_checkpoint.ipynb #11b3a8cf
 def _pieces(self: Checkpoint,
             name: str,                # of the layout
             finite: bool = False,     # refuse NaN and infinity
+            rooms: Iterator[torch.Tensor] | None = None,    # uint8, to be filled one after another; by default two of 4 MiB in turns
             ) -> Iterator[torch.Tensor]:
-    "A tensor's numbers in their order, 4 MiB at a time; each piece overwrites the one before."
+    "A tensor's numbers in their order, so many as a room holds at a time; each piece overwrites the one before the last."
     path, head, _ = self._entry(name)
-    (at, end), room = head["at"], torch.empty(min(_PIECE, head["at"][1] - head["at"][0]), dtype=torch.uint8)
+    at, end = head["at"]
+    rooms = rooms or cycle(torch.empty(2, min(_PIECE, end - at), dtype=torch.uint8))
     try:
         with open(path, "rb") as f:
             f.seek(at)
             while at < end:
-                x = room[:end - at]
+                x = next(rooms)[:end - at]
                 if (n := f.readinto(x.numpy())) != len(x): raise Refusal(f"{path} is damaged: it ends at byte {at + n}", _AGAIN)
                 yield self._finite(name, x.view(self.dtype(name))) if finite else x.view(self.dtype(name))
                 at += n

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['write', 'build', 'save']
 
-# %% ../../nbs/core/22_write.ipynb #b9c7363a
+# %% ../../nbs/core/22_write.ipynb #e9105430
 import json, math, os, sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from itertools import chain
+from itertools import chain, cycle
 from pathlib import Path
 from typing import Any
 import torch
@@ -53,7 +53,7 @@ def _head(plan: Plan, file: list[tuple[Row, int]], dtypes: dict[str, torch.dtype
     text += b" "*(-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
 
-# %% ../../nbs/core/22_write.ipynb #536a0de9
+# %% ../../nbs/core/22_write.ipynb #8f68efa9
 class _Checked:
     "A source whose numbers must be finite."
     def __init__(self, source: Any, alias: str): self.source, self.alias, self.names, self.shape = source, alias, source.names, source.shape
@@ -80,10 +80,10 @@ class _Ahead:
         x = self.next.result(); self._begin()
         return x
 
-def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dtype) -> Iterator[memoryview]:
+def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dtype, rooms: Iterator[torch.Tensor]) -> Iterator[memoryview]:
     "What a row adds to its file, in pieces."
     ahead.look()
-    if _streams(row, sources): alias, name = row.sources[0].split(":", 1); pieces = sources[alias].pieces(name, finite=True)
+    if _streams(row, sources): alias, name = row.sources[0].split(":", 1); pieces = sources[alias].pieces(name, finite=True, rooms=rooms)
     else:
         x = ahead.take()
         if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans, not of the user
@@ -91,29 +91,28 @@ def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dty
     for piece in pieces:
         if len(piece): yield memoryview(piece.view(torch.uint8).numpy())
 
-# %% ../../nbs/core/22_write.ipynb #3fce2207
-_EARLY = 1 << 27   # bytes
-
+# %% ../../nbs/core/22_write.ipynb #e5f8154d
 def _to_disk(fd: int) -> None:
     "Bring to disk what was written to an open file, and close it."
     try: getattr(os, "fdatasync", os.fsync)(fd)   # macOS has but the latter
     finally: os.close(fd)
 
+def _put(file: Any, piece: bytes | memoryview) -> None:
+    piece = memoryview(piece)
+    while piece: piece = piece[file.write(piece):]
+
 def _store(path: Path, pieces: Iterable[bytes | memoryview], beside: ThreadPoolExecutor, bar: tqdm) -> tuple[str, Future]:
     "Write a file from front to back; its xxh3-128, made on the way, and when it is on disk."
-    seen, fresh, busy = xxhash.xxh3_128(), 0, None
-    with open(path, "xb", buffering=0) as f:
+    seen, writing = xxhash.xxh3_128(), None
+    with open(path, "xb", buffering=0) as f, ThreadPoolExecutor(1) as writer:
         for piece in pieces:
-            seen.update(piece); fresh += len(piece); bar.update(len(piece))
-            piece = memoryview(piece)
-            while piece: piece = piece[f.write(piece):]
-            if fresh < _EARLY or (busy and not busy.done()): continue
-            if busy: busy.result()   # where an error of the disk comes to light
-            busy, fresh = beside.submit(_to_disk, os.dup(f.fileno())), 0
-        if busy: busy.result()
+            seen.update(piece); bar.update(len(piece))
+            if writing: writing.result()   # the piece before is written: its room may be read into
+            writing = writer.submit(_put, f, piece)
+        if writing: writing.result()
         return seen.hexdigest(), beside.submit(_to_disk, os.dup(f.fileno()))
 
-# %% ../../nbs/core/22_write.ipynb #1ee01bda
+# %% ../../nbs/core/22_write.ipynb #e983195e
 def _names(files: int) -> list[str]:
     return [f"model-{i+1:05}-of-{files:05}.safetensors" for i in range(files)] if files > 1 else ["model.safetensors"]
 
@@ -128,10 +127,11 @@ def _weights(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dty
              folder: Path, beside: ThreadPoolExecutor) -> tuple[list[str], list[Future]]:
     "Write all weight files; their hashes, and when they are on disk."
     total, shown = sum(map(len, heads)) + sum(n for f in files for _, n in f), sys.stderr.isatty() or "ipykernel" in sys.modules
+    rooms = cycle(torch.empty(2, 1 << 22, dtype=torch.uint8))   # one pair for all tensors: new memory is slow
     ahead = _Ahead(plan, sources, [r for f in files for r, _ in f if not _streams(r, sources)])
     try:
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, mininterval=0.5, disable=not shown) as bar:
-            done = [_store(folder/name, chain([head], *(_bytes(r, sources, ahead, dtypes[r.target]) for r, _ in f)), beside, bar)
+            done = [_store(folder/name, chain([head], *(_bytes(r, sources, ahead, dtypes[r.target], rooms) for r, _ in f)), beside, bar)
                     for name, head, f in zip(_names(len(files)), heads, files)]
     finally: ahead.pool.shutdown(wait=False, cancel_futures=True)   # after an error nobody waits for what is being computed
     return [h for h, _ in done], [there for _, there in done]
