@@ -2,8 +2,9 @@
 
     python benchmarks/collators.py [--rounds 15] [--rows 100] [--length 512]
 
-Both sides take turns in one process on the same packed rows; the table holds the median of each and of the ratios within a round. The plain
-ones do what collators usually do: draw spans for one row after the other, join its pieces, pad, stack and shift. Tokens are those of the rows.
+Both sides take turns in one process on the same packed rows; the table holds the median of each and of the ratios within a round. The
+plain ones do what collators usually do: draw spans for one row after the other, join its pieces, pad, stack and shift. Tokens are
+those of the rows.
 """
 import argparse, time
 from pathlib import Path
@@ -17,8 +18,8 @@ from seqwarm.core.record import environment
 MASK, PAD, START, FIRST = 4, 2, 1, 110   # ids below 110 are special, 10 to 109 are sentinels
 
 class Tokenizer:
-    bos_token_id, eos_token_id, pad_token_id, unk_token_id, mask_token_id, cls_token_id, sep_token_id, unk_token = 0, 1, PAD, 3, MASK, 0, 1, "<unk>"
-    all_special_ids = [*range(FIRST)]
+    bos_token_id, eos_token_id, pad_token_id, unk_token_id, mask_token_id, unk_token = 0, 1, PAD, 3, MASK, "<unk>"
+    cls_token_id, sep_token_id, all_special_ids = 0, 1, [*range(FIRST)]
     def __len__(self): return 32_000
     def convert_tokens_to_ids(self, token): return 10 + int(token[10:-1])
 
@@ -48,7 +49,7 @@ def plain(name: str, ids: np.ndarray, rng: np.random.Generator) -> dict[str, tor
             if name == "spans": target += [[10 + i], row[start:at]]
         sources.append(np.concatenate([*source, row[at:]]))
         targets.append(np.concatenate([*target, [1]]) if name == "spans" else row)
-    stack = lambda rows, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(np.asarray(r, np.int64)) for r in rows], True, fill)
+    stack = lambda rows, fill: torch.nn.utils.rnn.pad_sequence([torch.from_numpy(r) for r in rows], True, fill)
     source, labels = stack(sources, PAD), stack(targets, -100)
     shown = torch.cat([torch.full((len(ids), 1), START), labels[:, :-1]], 1).masked_fill_(labels == -100, PAD)
     return dict(input_ids=source, attention_mask=source != PAD, decoder_input_ids=shown, labels=labels)
@@ -61,7 +62,8 @@ def main() -> None:
     packed, tokenizer, rng, lines = corpus(o.rows, o.length), Tokenizer(), np.random.default_rng(1), []
     for name in ("denoise", "omit", "spans"):
         ask = objective(name)
-        sides = {"ours": lambda i: ask(packed, Draws(0, i, packed.samples), Config, tokenizer), "plain": lambda i: plain(name, packed.ids, rng)}   # noqa: B023
+        sides = {"ours": lambda i, ask=ask: ask(packed, Draws(0, i, packed.samples), Config, tokenizer),
+                 "plain": lambda i, name=name: plain(name, packed.ids, rng)}
         seconds = []
         for i in range(o.rounds + 1):
             seconds.append({})
@@ -72,7 +74,7 @@ def main() -> None:
         lines.append(dict(objective=name, tokens_per_second=round(speed.ours.median()), plain=round(speed.plain.median()),
                           over_plain=round(over.median(), 2), lowest=round(over.min(), 2), highest=round(over.max(), 2)))
     made = environment()
-    table = pd.DataFrame(lines).assign(rounds=o.rounds, rows=o.rows, length=o.length, torch=made["torch"], transformers=made["transformers"],
+    table = pd.DataFrame(lines).assign(rounds=o.rounds, rows=o.rows, length=o.length, torch=made["torch"], numpy=made["numpy"],
                                        device=made["device"])
     Path(o.out).parent.mkdir(exist_ok=True); table.to_csv(o.out, index=False)
     print(table.to_string(index=False))

@@ -73,7 +73,7 @@ def test_refusals():
     with pytest.raises(Refusal, match="mask token"): mlm(packed, Draws(0, 0, packed.samples), None, NoMask())
 
 # ---- two stacks ----
-SENTINELS = range(10, 40)
+SENTINELS = range(10, 45)
 
 class Two:
     "Ids 0 to 49 are special, sentinels among them; 50 and up are text."
@@ -81,7 +81,7 @@ class Two:
     unk_token, all_special_ids = "<unk>", [*range(50)]
     def __len__(self): return 300
     def convert_tokens_to_ids(self, token):
-        return 7 if token == "<clm>" else SENTINELS[int(token[10:-1])] if token.startswith("<extra_id_") and int(token[10:-1]) < 30 else 3
+        return 7 if token == "<clm>" else SENTINELS[int(token[10:-1])] if token.startswith("<extra_id_") and int(token[10:-1]) < 35 else 3
 
 BART = BartConfig(vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
                   decoder_ffn_dim=16, max_position_embeddings=128, pad_token_id=2, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1)
@@ -104,6 +104,7 @@ def slow_holes(ids, lengths, u, v, least):
         elif yes: runs.append([s])
     n, O = len(lengths), sum(ordinary)
     deal = lambda sizes, things: np.diff([0, *(min(things, math.floor(c * things / sum(sizes) + v)) for c in np.cumsum(sizes))]).tolist()
+    everything, short = [s for r in runs for s in r], sum(lengths) / n
     while True:
         counts, rest = deal([len(r) for r in runs], n), [int(x) for x in lengths]
         mine = [[rest.pop(0) for _ in range(k)] for k in counts]
@@ -111,7 +112,10 @@ def slow_holes(ids, lengths, u, v, least):
             while sum(m) > len(r):
                 i = max(i for i, x in enumerate(m) if x > least); m[i] -= 1
         left, spare = int(sum(lengths)) - sum(map(sum, mine)), [len(r) - sum(m) if m else 0 for r, m in zip(runs, mine)]
-        if left > sum(spare): runs = [[s for r in runs for s in r]]; continue
+        if left > sum(spare):
+            runs = [r for r in runs if len(r) >= short]; short *= 2
+            if sum(map(len, runs)) < sum(lengths): runs = [everything]
+            continue
         for m, more in zip(mine, deal(spare, left) if left else [0] * len(runs)):
             if more: m[-1] += more
         break
