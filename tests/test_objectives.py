@@ -85,7 +85,8 @@ class Two:
 
 BART = BartConfig(vocab_size=300, d_model=16, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=16,
                   decoder_ffn_dim=16, max_position_embeddings=128, pad_token_id=2, bos_token_id=0, eos_token_id=1, decoder_start_token_id=1)
-NOISY = [("denoise", {}), ("denoise", dict(rate=0.5, mean=1.5)), ("omit", {}), ("omit", dict(mean=6.0)), ("spans", {}), ("spans", dict(rate=0.4, mean=2.0))]
+NOISY = [("denoise", {}), ("denoise", dict(rate=0.5, mean=1.5)), ("omit", {}), ("omit", dict(mean=6.0)), ("spans", {}), ("spans", dict(rate=0.4, mean=2.0)),
+         ("spans", dict(rate=0.6)), ("denoise", dict(rate=0.6, mean=4.0))]
 
 def rows(B, T, seed=0, documents=(1, 30), unk=0.0, first=0):
     "Packed rows of documents of so many words, cut as a corpus cuts them."
@@ -146,11 +147,11 @@ def slow(name, ids, draws, rate=None, mean=3.0):
         if s < len(ids) and s not in gone: read.append(ids[s])
     return read, written + [1] if name == "spans" else list(ids)
 
-@pytest.mark.parametrize("documents", [(1, 3), (1, 30), (10, 60), (400, 401)], ids=str)
+@pytest.mark.parametrize("documents", [(1, 3), (3, 9), (1, 30), (10, 60), (400, 401)], ids=str)
 @pytest.mark.parametrize("name,options", NOISY, ids=str)
 def test_noise_is_that_of_plain_loops(name, options, documents):
     for T in (8, 9, 33, 96):
-        packed = rows(12, T, seed=T, documents=documents, unk=0.02, first=70)
+        packed = rows(20, T, seed=T, documents=documents, unk=0.02, first=70)
         enough = (packed.ids >= 50).sum(1) >= options.get("rate", 0.3) * T + 0.5
         packed = Packed(*(x[enough] for x in (packed.ids, packed.segments, packed.positions, packed.samples)))
         if not len(packed): continue
