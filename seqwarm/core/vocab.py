@@ -17,24 +17,28 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .errors import Refusal, number, unknown
 from .files import fingerprint
 
-# %% ../../nbs/core/30_vocab.ipynb #e3951057
+# %% ../../nbs/core/30_vocab.ipynb #14a046bf
 _SPECIALS = {"bos": "<s>", "eos": "</s>", "pad": "<pad>", "unk": "<unk>", "mask": "<mask>"}
 
 def train_tokenizer(texts: Iterable[str],    # read once, in order
                     size: int = 8000,        # tokens at most, specials included
                     kind: str = "bpe",       # 'bpe' (byte-level) or 'unigram'
+                    extra: Iterable[str] = (),   # more special tokens, behind all others: '<extra_id_0>', '<clm>'
                     ) -> PreTrainedTokenizerFast:
     "A tokenizer learned from `texts`; the same texts give the same bytes, in every process."
     if kind not in ("bpe", "unigram"): raise unknown("kind of tokenizer", kind, ["bpe", "unigram"])
-    least = len(_SPECIALS) + (256 if kind == "bpe" else 1)
+    extra = [extra] if isinstance(extra, str) else list(extra)
+    least = len(_SPECIALS) + (256 if kind == "bpe" else 1) + len(extra)
     if number("size", size) < least: raise Refusal(f"a {kind} vocabulary of {size} tokens is too small", f"ask for at least {least}")
     if isinstance(texts, str): texts = [texts]
     texts = iter(texts)
     first = next((t for t in texts if t and not t.isspace()), None)
     if first is None: raise Refusal("there is no text to learn a vocabulary from", "give at least one text that is not blank")
-    core = (_bpe if kind == "bpe" else _unigram)(chain([first], texts), size)
-    core.add_special_tokens([s for s in _SPECIALS.values()])
-    named = {f"{role}_token": token for role, token in _SPECIALS.items()}
+    core = (_bpe if kind == "bpe" else _unigram)(chain([first], texts), size - len(extra))
+    if twice := [t for i, t in enumerate(extra) if not str(t).strip() or t in extra[:i] or core.token_to_id(t) is not None]:
+        raise Refusal(f"{twice[0]!r} cannot be one more special token", "name each once, and none that the vocabulary has")
+    core.add_special_tokens([*_SPECIALS.values(), *extra])
+    named = {f"{role}_token": token for role, token in _SPECIALS.items()} | ({"extra_special_tokens": extra} if extra else {})
     return PreTrainedTokenizerFast(tokenizer_object=core, cls_token="<s>", sep_token="</s>", clean_up_tokenization_spaces=False, **named)
 
 def _bpe(texts: Iterable[str], size: int) -> Tokenizer:
