@@ -312,7 +312,7 @@ def test_with_a_tokenizer_that_was_trained_for_it(tmp_path):
     ("denose", "did you mean 'denoise'"), ("denoise?rat=0.3", "did you mean 'rate'"), ("denoise?rate=x", "rate=x .* makes no sense; give a number more than 0"),
     ("denoise?rate=1", "less than 1"), ("spans?rate=0", "more than 0"), ("omit?mean=0.5", "at least 1"), ("omit?mean=nan", "at least 1"),
     ("denoise?causal=1.5", "from 0 to 1"), ("spans?causal=0.2", "no option of the objective spans"), ("causal?rate=0.2", "takes no options"),
-    ("mlm?rate=0.2&rate=0.3", "twice"), ("mlm?rate", "makes no sense"), (None, "no objective"),
+    ("mlm?rate=0.2&rate=0.3", "twice"), ("mlm?rate", "makes no sense"), ("mlm?rows=hole", "did you mean 'whole'"), (None, "no objective"),
 ])
 def test_a_name_that_means_nothing_is_refused(name, words):
     for call in objective, partial(shape, length=64):
@@ -339,3 +339,16 @@ def test_options_reach_the_objective():
     few, many = ((ask(name)["labels"] != -100).float().mean().item() for name in ("mlm", "mlm?rate=0.6"))
     assert few < 0.2 and many > 0.45 and objective("mlm") is mlm and shape("mlm?rate=0.6", 64) == shape("causal", 64) == (64, None)
     assert shape("denoise", 8) == (7, 8) and shape("omit", 8) == (6, 8) and shape("spans", 8) == (8, 3) and shape("denoise?rate=0.5&mean=5", 100) == (60, 100)
+
+def test_a_whole_row_is_one_text():
+    packed = rows(4, 24)
+    short = Packed(packed.ids % 60, packed.segments, packed.positions, packed.samples); model = MODELS["bert"]().eval()
+    ask = lambda name: objective(name)(short, Draws(0, 0, short.samples), model.config, Tok())
+    whole, apart = ask("mlm?rows=whole"), ask("mlm")
+    assert sorted(whole) == ["input_ids", "labels"] and all(torch.equal(whole[k], apart[k]) for k in whole)
+    with torch.no_grad():   # as a model reads a plain text that nobody has cut
+        plain = model(input_ids=whole["input_ids"], attention_mask=torch.ones_like(whole["input_ids"])).logits
+        assert torch.allclose(model(input_ids=whole["input_ids"]).logits, plain, atol=1e-6)
+    class Deberta: model_type, pad_token_id = "deberta-v2", 0
+    with pytest.raises(Refusal, match="rows=whole"): mlm(short, Draws(0, 0, short.samples), Deberta, Tok())
+    assert mlm(short, Draws(0, 0, short.samples), Deberta, Tok(), rows="whole").keys() == whole.keys()

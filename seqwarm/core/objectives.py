@@ -35,19 +35,20 @@ def _masks(mask: torch.Tensor, config: PreTrainedConfig, causal: bool) -> torch.
     both = {"full_attention": given(mask), "sliding_attention": given(near)}
     return _Masks({k: both[k] for k in set(kinds)}) if getattr(config, "layer_types", None) else both["sliding_attention"]
 
-# %% ../../nbs/core/60_objectives.ipynb #7c2333dd
-def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrainedConfig, causal: bool) -> dict[str, torch.Tensor]:
+# %% ../../nbs/core/60_objectives.ipynb #daf4fa01
+def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrainedConfig, causal: bool,
+            whole: bool = False) -> dict[str, torch.Tensor]:
     "What a model's `forward` takes, and `labels` [B, S] (-100: not asked), aligned with the logits."
     if getattr(config, "is_encoder_decoder", False):
         raise Refusal(f"a {config.model_type} model reads one text and writes another", "train it by denoise, omit or spans")
-    table = family(config.model_type)
-    if not table.packs: raise Refusal(f"a {config.model_type} model cannot keep packed documents apart", "train it with one text a row")
+    batch, table = dict(input_ids=torch.from_numpy(ids), labels=torch.from_numpy(labels)), family(config.model_type)
+    if whole: return batch
+    if not table.packs: raise Refusal(f"a {config.model_type} model cannot keep packed documents apart", "train it by mlm?rows=whole")
     segments = torch.from_numpy(packed.segments)
     mask = segments[:, None, :, None] == segments[:, None, None, :]
     if causal: mask = mask.tril()
     mask, first = _masks(mask, config, causal), table.first_position(config.pad_token_id)
-    return dict(input_ids=torch.from_numpy(ids), attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first),
-                labels=torch.from_numpy(labels))
+    return batch | dict(attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first))
 
 # %% ../../nbs/core/60_objectives.ipynb #2df08da8
 def causal(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, torch.Tensor]:
@@ -57,7 +58,7 @@ def causal(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pr
     labels[:, :-1] = np.where(same, packed.ids[:, 1:], -100)
     return _inputs(packed, packed.ids, labels, config, causal=True)
 
-# %% ../../nbs/core/60_objectives.ipynb #60a4fc02
+# %% ../../nbs/core/60_objectives.ipynb #bca1bc3b
 def _ordinary(tokenizer) -> np.ndarray:
     "Which ids are tokens of text, [tokens] bool."
     ordinary = np.ones(len(tokenizer), bool); ordinary[tokenizer.all_special_ids] = False
@@ -65,6 +66,7 @@ def _ordinary(tokenizer) -> np.ndarray:
 
 def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast,
         rate: float = 0.15,     # share of the ordinary tokens that is asked
+        rows: str = "apart",    # apart | whole: whether the documents of a row see each other, and share its positions
         ) -> dict[str, torch.Tensor]:
     "Chosen tokens are to be restored: 80 % masked, 10 % random, 10 % kept."
     if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which MLM needs", "add one or train causally")
@@ -73,7 +75,7 @@ def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTr
     chosen = (u < 1) & ordinary[packed.ids]
     guess = others[(draws.uniform(packed.ids.shape[1]) * len(others)).astype(np.int64)]
     ids = np.where(chosen & (u < 0.8), tokenizer.mask_token_id, np.where(chosen & (u >= 0.9), guess, packed.ids))
-    return _inputs(packed, ids, np.where(chosen, packed.ids, -100), config, causal=False)
+    return _inputs(packed, ids, np.where(chosen, packed.ids, -100), config, causal=False, whole=rows == "whole")
 
 # %% ../../nbs/core/60_objectives.ipynb #69bde702
 def _first_id(*ids: int | None) -> int | None: return next((i for i in ids if i is not None), None)
@@ -181,10 +183,11 @@ def spans(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pre
     labels = _woven(at, np.append(marks, end), packed.ids.ravel()[found.gone])
     return _both(_woven(found.marks, marks, _without(packed.ids, found.gone)), labels, config, tokenizer)
 
-# %% ../../nbs/core/60_objectives.ipynb #5a9e3cd7
+# %% ../../nbs/core/60_objectives.ipynb #5a171629
 OBJECTIVES: dict[str, Callable] = dict(causal=causal, mlm=mlm, denoise=denoise, omit=omit, spans=spans)
 _SENSE = {"rate": (lambda x: 0 < x < 1, "more than 0 and less than 1"), "mean": (lambda x: 1 <= x < 1e9, "at least 1"),
           "causal": (lambda x: 0 <= x <= 1, "from 0 to 1")}
+_WAYS = {"rows": ("apart", "whole")}
 
 def _read(name: str) -> tuple[str, dict]:
     "An objective's name and the options that are given with it."
@@ -196,6 +199,7 @@ def _read(name: str) -> tuple[str, dict]:
     if options and not known: raise Refusal(f"the objective {stem} takes no options", f"write {stem}")
     for key, value in options.items():
         if key not in known: raise unknown(f"option of the objective {stem}", key, known)
+        if key in _WAYS and value not in _WAYS[key]: raise unknown(f"way of {key}", value, _WAYS[key])
         if known[key] is str: continue
         try: options[key] = float(value)
         except ValueError: options[key] = np.nan
