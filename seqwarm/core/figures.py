@@ -95,21 +95,21 @@ def share_bars(shares: dict[str, dict[str, float]],   # bar -> part -> amount
                     text=[f"{a:,.4g}" for a in amounts])
     return fig.update_layout(template="seqwarm", title=title, barmode="stack", xaxis_title=unit, height=160 + 60 * len(shares))
 
-# %% ../../nbs/core/95_figures.ipynb #9525653e
+# %% ../../nbs/core/95_figures.ipynb #b767c247
 def scores(table: pd.DataFrame,      # columns arm, seed, and one a measure
            measures: list[str],      # columns
            title: str = "", unit: str = "percent") -> go.Figure:
     "Scores of several arms by several measures, with a dot a seed and a diamond at the mean."
     fig, arms = go.Figure(), list(dict.fromkeys(table.arm))
-    for i, arm in enumerate(arms):
+    for colour, arm in zip(COLOURS*len(arms), arms):
         rows = table.loc[table.arm == arm, measures].apply(pd.to_numeric)
         dots = rows.melt(var_name="measure").dropna()
         same = dict(name=arm, legendgroup=arm, mode="markers", offsetgroup=arm, orientation="h")
-        mark = lambda **kw: dict(color=COLOURS[i % len(COLOURS)], **kw)
-        fig.add_scatter(x=rows.mean(), y=measures, marker=mark(size=12, symbol="diamond"), **same)
-        if len(rows) > 1: fig.add_scatter(x=dots.value, y=dots.measure, marker=mark(size=6, opacity=0.6), showlegend=False, **same)
-    return fig.update_layout(template="seqwarm", title=title, xaxis_title=unit, scattermode="group", height=180 + 26*len(measures)*len(arms),
-                             yaxis=dict(autorange="reversed", showgrid=True))
+        fig.add_scatter(x=rows.mean(), y=measures, marker=dict(color=colour, size=12, symbol="diamond"), **same)
+        if len(rows) == 1: continue
+        fig.add_scatter(x=dots.value, y=dots.measure, marker=dict(color=colour, size=6, opacity=0.6), showlegend=False, **same)
+    return fig.update_layout(template="seqwarm", title=title, xaxis_title=unit, scattermode="group",
+                             height=180 + 26*len(measures)*len(arms), yaxis=dict(autorange="reversed", showgrid=True))
 
 # %% ../../nbs/core/95_figures.ipynb #8f31a449
 _STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1{line-height:1.2}
