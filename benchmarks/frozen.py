@@ -26,7 +26,7 @@ from seqwarm.core.train import _Loop
 from seqwarm.core.vocab import train_tokenizer
 
 #           layers (each stack), width, rows of the embedding, sequences, tokens of a text
-MODELS = {"12+12x256": (12, 256, 8000, 8, 128), "6+6x256": (6, 256, 8000, 8, 128), "4+4x128": (4, 128, 4000, 16, 128)}
+MODELS = {"12+12x256": (12, 256, 8000, 4, 128), "6+6x256": (6, 256, 8000, 4, 128), "4+4x128": (4, 128, 4000, 8, 128)}
 ROUND = 4   # steps after which the kept outputs come round
 
 def arm(kind: str, sizes: tuple[int, ...], tokenizer, corpus, acc: Accelerator, folder: str, stack: ExitStack):
@@ -74,7 +74,7 @@ def measure(name: str, sizes: tuple[int, ...], tokenizer, acc: Accelerator, roun
 
 def main() -> None:
     a = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    a.add_argument("--rounds", type=int, default=9); a.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
+    a.add_argument("--rounds", type=int, default=7); a.add_argument("--only", nargs="*", choices=MODELS, default=list(MODELS))
     a.add_argument("--out", default="results/frozen.csv"); o = a.parse_args()
     hf_logging.set_verbosity_error(); torch.set_num_threads(min(2, torch.get_num_threads()))
     acc = Accelerator(cpu=not torch.accelerator.is_available())
