@@ -124,7 +124,7 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
         h = w.matrix("pooler.dense", s, None, h) or w.trained(["pooler.norm"], s)
         for r in ("pooler.labels", "pooler.next"): w.matrix(r, s, None, h)
 
-# %% ../../nbs/core/70_ledger.ipynb #66d50302
+# %% ../../nbs/core/70_ledger.ipynb #7dcda441
 Frozen = str | Iterable[str] | Callable[[Tensor], bool]
 
 def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
@@ -132,11 +132,11 @@ def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
     if callable(frozen): return {n for n, t in layout.stored().items() if frozen(t)}
     return set(layout.select(frozen))
 
-def _walk(layout: Layout, source: int, target: int | None, frozen: Frozen) -> _Walk:
+def _walk(layout: Layout, source: int, target: int | None, frozen: Frozen, encoder: bool = True) -> _Walk:
     _lengths(layout, source, target)
     w = _Walk(layout, _frozen(layout, frozen), source, target)
     x, last = False, ""
-    for stack in layout.layers: x, last = _stack(w, stack, x), stack
+    for stack in (s for s in layout.layers if encoder or s != "encoder"): x, last = _stack(w, stack, x), stack
     _top(w, last, x)
     return w
 
@@ -145,9 +145,10 @@ def flops(layout: Layout,
           target: int | None = None,    # T, tokens of the decoder's sequence
           train: bool = True,           # forward and backward, or forward alone
           frozen: Frozen = (),          # what is not trained
+          encoder: bool = True,         # False: it does not run, its outputs are at hand
           ) -> int:                     # FLOPs of one sequence
     "Floating-point operations of the matrix products of one sequence, attention over all pairs."
-    w = _walk(layout, source, target, frozen)
+    w = _walk(layout, source, target, frozen, encoder)
     return sum(w.forward.values()) + w.backward * train
 
 # %% ../../nbs/core/70_ledger.ipynb #882be408
@@ -179,16 +180,17 @@ def describe(layout: Layout,
         rows["head"] = dict(role="head", stack="", tensors=0, axes="", shape="", parameters=0, tied=t.name, flops=2*t.size)
     return pd.DataFrame(list(rows.values()))
 
-# %% ../../nbs/core/70_ledger.ipynb #0bae3b21
+# %% ../../nbs/core/70_ledger.ipynb #ac02bd2c
 def units(layout: Layout,
           steps: float,             # optimizer steps
           frozen: Frozen = (),      # what is not trained; a layer counts as frozen if all of it is
           half: float = 0.5,        # what a frozen layer counts
+          encoder: bool = True,     # False: it does not run, its outputs are at hand
           ) -> float:               # units of 100,000 steps of a 12-layer stack
     "Training units: steps / 100,000 times layers / 12, summed over the stacks."
     asleep, layers = _frozen(layout, frozen), {}
     for t in layout.stored().values():
-        if t.layer is not None: layers.setdefault((t.stack, t.layer), []).append(t.name in asleep)
+        if t.layer is not None and (encoder or t.stack != "encoder"): layers.setdefault((t.stack, t.layer), []).append(t.name in asleep)
     return steps / 1e5 / 12 * sum(half if all(frozen) else 1 for frozen in layers.values())
 
 # %% ../../nbs/core/70_ledger.ipynb #249b382f

@@ -1,0 +1,70 @@
+"""A small seq2seq training, and processes of their own that run it: killed one after the other, or as two ranks.
+
+    python train_seq2seq.py killed FOLDER STORE SECONDS...     each after so many seconds, counted from its first step
+    python train_seq2seq.py ranks FOLDER STORE PORT
+
+The processes are forked from one that has imported everything and computed nothing.
+"""
+import os, signal, sys, time
+from pathlib import Path
+import torch
+from transformers import BartConfig, BartForConditionalGeneration
+from seqwarm.core.corpus import Corpus
+from seqwarm.core.layout import layout
+from seqwarm.core.train import _Loop, train
+from seqwarm.core.vocab import train_tokenizer
+from seqwarm.methods.unfreeze import frozen_then
+
+def given(folder: str) -> dict:
+    "Tokenizer and texts."
+    os.environ["SEQWARM_CACHE"] = f"{folder}/cache"
+    torch.set_num_threads(1)
+    text = Path(folder)/"text.txt"
+    if not text.exists(): text.write_text("\n".join(f"{a} and {b} are {a + b} , not {a * b}" for a in range(30) for b in range(30)))
+    tokenizer = train_tokenizer(text.read_text().splitlines(), 300)
+    corpus, valid = (Corpus(f"text:{text}", tokenizer, 16, split) for split in ("train", "valid"))
+    return dict(tokenizer=tokenizer, corpus=corpus, valid=valid)
+
+def model(tokenizer, dropout: float = 0.0) -> BartForConditionalGeneration:
+    "Two and two layers, 16 wide."
+    torch.manual_seed(0)
+    ids = {f"{r}_token_id": getattr(tokenizer, f"{r}_token_id", 0) for r in ("bos", "eos", "pad")}
+    return BartForConditionalGeneration(BartConfig(
+        vocab_size=len(tokenizer), d_model=16, encoder_layers=2, decoder_layers=2, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2,
+        decoder_attention_heads=2, max_position_embeddings=32, dropout=dropout, attention_dropout=dropout, activation_dropout=dropout,
+        decoder_start_token_id=ids["eos_token_id"], forced_eos_token_id=None, **ids))
+
+def main(folder: str, store: str, dropout: float = 0.0):
+    "Ten steps with the encoder asleep, its outputs kept in rounds of four; then ten awake."
+    data = given(folder); start = model(data["tokenizer"], dropout)
+    stages = frozen_then(20, 10, layout(start.config, type(start).__name__), objective="denoise", lr=2e-3, repeat=4, keep="float32")
+    return train(start, stages=stages, store=store, **data, batch=4, every=5, save_every=3, sequences=4)
+
+def forked(work) -> int:
+    "The id of a process that does `work`."
+    if pid := os.fork(): return pid
+    code = 1
+    try: work(); code = 0
+    finally: os._exit(code)
+
+def killed(folder: str, store: str, *seconds: str) -> None:
+    "Kill process after process; prints the signal that each died of (0: it was through)."
+    update = _Loop.update
+    for wait in seconds:
+        out, into = os.pipe()
+        def slow(self, *args, into=into): time.sleep(0.08); os.write(into, b"."); return update(self, *args)
+        _Loop.update = slow
+        pid = forked(lambda: main(folder, store, 0.1))
+        os.close(into); os.read(out, 1); time.sleep(float(wait)); os.kill(pid, signal.SIGKILL); os.close(out)
+        print(os.waitpid(pid, 0)[1] & 127)
+
+def ranks(folder: str, store: str, port: str) -> None:
+    "Two ranks of one training; fails if one of them does."
+    given(folder)
+    def rank(i: int) -> None:
+        os.environ |= dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        main(folder, store)
+    pids = [forked(lambda i=i: rank(i)) for i in range(2)]
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
+
+if __name__ == "__main__": {"killed": killed, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])
