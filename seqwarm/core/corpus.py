@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Source', 'parse', 'documents', 'Tokens', 'tokenize', 'Packed', 'pack', 'Corpus']
 
-# %% ../../nbs/core/50_corpus.ipynb #23275f41
+# %% ../../nbs/core/50_corpus.ipynb #c0cb9862
 import glob, os, shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import islice
@@ -20,8 +20,10 @@ from .errors import Refusal, number, unknown
 from .files import fingerprint, whole_folder
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/50_corpus.ipynb #8cccba95
-_OPTIONS = {"world": {"words", "size", "seed"}, "text": {"column", "lang"}, "hub": {"config", "split", "column", "lang"}}
+# %% ../../nbs/core/50_corpus.ipynb #fc7ab205
+_OPTIONS = {scheme: {*options.split(), "weight", "documents"} for scheme, options in {
+    "world": "words size seed", "text": "column lang", "hub": "config split column lang"}.items()}
+_PLACES = {"world": "LANGUAGE", "hub": "NAME"}   # what stands behind the colon; otherwise a path
 
 @dataclass(frozen=True)
 class Source:
@@ -49,21 +51,22 @@ class Source:
     def __str__(self) -> str:
         return f"{self.scheme}:{self.place}" + ("?" + "&".join(f"{k}={v}" for k, v in self.options.items()) if self.options else "")
 
-# %% ../../nbs/core/50_corpus.ipynb #634fbb4c
-def parse(spec: str) -> list[Source]:
+# %% ../../nbs/core/50_corpus.ipynb #42d1cdda
+def parse(spec: str,
+          schemes: Mapping[str, set[str]] = _OPTIONS,   # scheme -> its options; those of labelled data differ
+          ) -> list[Source]:
     "The sources that a corpus string names, in order."
-    found = []
+    found, how = [], "write " + " or ".join(f"{s}:{_PLACES.get(s, 'PATH')}" for s in schemes)
     for part in str(spec).split(" + "):
         scheme, colon, rest = part.strip().partition(":")
-        if not colon or scheme not in _OPTIONS:
-            raise unknown("corpus", part.strip(), [f"{s}:" for s in _OPTIONS]) if colon else \
-                Refusal(f"{part.strip()!r} is no corpus", "write world:LANGUAGE, text:PATH or hub:NAME")
+        if not colon or scheme not in schemes:
+            raise unknown("corpus", part.strip(), [f"{s}:" for s in schemes]) if colon else Refusal(f"{part.strip()!r} is no corpus", how)
         place, _, query = rest.partition("?")
-        if not place: raise Refusal(f"the corpus {part.strip()!r} names nothing", "write world:LANGUAGE, text:PATH or hub:NAME")
+        if not place: raise Refusal(f"the corpus {part.strip()!r} names nothing", how)
         options = dict(given := parse_qsl(query, keep_blank_values=True))
         if len(options) < len(given): raise Refusal(f"the corpus {part.strip()!r} has an option twice", "give it once")
         for key in options:
-            if key not in (known := _OPTIONS[scheme] | {"weight", "documents"}): raise unknown(f"option of {scheme}: corpora", key, known)
+            if key not in schemes[scheme]: raise unknown(f"option of {scheme}: corpora", key, schemes[scheme])
         found.append(Source(scheme, place, options))
         found[-1].weight, found[-1].documents  # read now, so that a bad number is told before anything starts
     return found
@@ -84,7 +87,7 @@ def documents(source: Source,          # one part of a corpus string
         stream = (text for text in rows if split == "all" or held_out(text) == (split == "valid"))
     return islice(stream, source.documents)
 
-# %% ../../nbs/core/50_corpus.ipynb #f1432466
+# %% ../../nbs/core/50_corpus.ipynb #6081faf8
 def _world(source: Source, split: str) -> Iterator[str]:
     from seqwarm.core.world import World   # here: who reads files needs no world
     world = World(size=source.options.get("size", "default"), seed=source._number("seed", int, 0, least=0))
@@ -98,31 +101,32 @@ def _rows(dataset, source: Source) -> Iterator[str]:
     column = source.options.get("column", "text")
     for i, row in enumerate(dataset):
         if i == 0 and column not in row: raise unknown("column", column, row)
-        if not isinstance(text := row[column], str):
+        if not isinstance(text := row.get(column), str):
             raise Refusal(f"column {column!r} of {source} holds {type(text).__name__}, not text", "name a text column")
         if text := text.strip(): yield text
 
-# %% ../../nbs/core/50_corpus.ipynb #32e716db
-def _files(source: Source) -> Iterator[str]:
-    "The documents of files, by `datasets`: a line of .txt, a row of .jsonl or .parquet."
+# %% ../../nbs/core/50_corpus.ipynb #fb0789e2
+def _read(source: Source) -> Iterator[dict]:
+    "The rows of files, by `datasets`: of .jsonl or .parquet, or the lines of .txt as `text`."
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     paths = _paths(source)
     suffix = Path(paths[0].removesuffix(".gz")).suffix
     if suffix not in _KINDS:
         raise Refusal(f"{paths[0]} ends in {suffix or 'nothing'}", f"give files that end in {', '.join(_KINDS)}, or these with .gz")
-    any_text = False   # 'train' below is only what `datasets` calls all of these files
-    try:
-        for text in _rows(load_dataset(_KINDS[suffix], data_files=paths, split="train", streaming=True), source):
-            any_text = True; yield text
-    except Refusal: raise
+    try: yield from load_dataset(_KINDS[suffix], data_files=paths, split="train", streaming=True)   # 'train': as it calls all of them
     except (DatasetGenerationError, OSError, ValueError, EOFError, KeyError, TypeError) as e:
         raise Refusal(f"{source.place} can't be read as {suffix[1:]} ({type(e).__name__}: {str(e)[:120]})", "check the file") from e
-    if not any_text: raise Refusal(f"{source.place} holds no text", "give files with at least one non-empty line")
 
-# %% ../../nbs/core/50_corpus.ipynb #8a250637
+def _files(source: Source) -> Iterator[str]:
+    "The documents of files."
+    text = None
+    for text in _rows(_read(source), source): yield text
+    if text is None: raise Refusal(f"{source.place} holds no text", "give files with at least one non-empty line")
+
+# %% ../../nbs/core/50_corpus.ipynb #094b5e0c
 def _paths(source: Source) -> list[str]:
-    "The files of a `text:` source, sorted."
+    "The files of a source, sorted."
     paths = sorted(p for p in glob.glob(os.path.expanduser(source.place), recursive=True) if os.path.isfile(p))
     if not paths: raise Refusal(f"there is no file {source.place}", "check the path (relative paths begin where you are)")
     for p in paths:
