@@ -62,6 +62,7 @@ def tokenizer(kind: str, german: bool):
     s = ["<s>", "<pad>", "</s>", "<unk>"]
     if kind == "gpt2": return hf.GPT2Tokenizer(**bpe(["<|endoftext|>"]))
     if kind == "qwen": return hf.Qwen2Tokenizer(**bpe(["<|endoftext|>"]))
+    if kind == "blenderbot": return hf.BlenderbotTokenizer(**bpe(["<pad>", "<s>", "</s>", "<unk>"], ["<mask>"]))
     if kind == "roberta": return hf.RobertaTokenizer(**bpe(s, ["<mask>"]))
     if kind == "opt": return hf.GPT2Tokenizer(**bpe(s), bos_token="</s>", eos_token="</s>", unk_token="</s>", pad_token="<pad>")
     if kind == "bloom": return _plain(texts, ["<unk>", "<s>", "</s>", "<pad>"], unk="<unk>", bos="<s>", eos="</s>", pad="<pad>")
@@ -106,6 +107,8 @@ FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, s
     "bert": ("BertForMaskedLM", _layers, "bert", "roberta"),
     "roberta": ("RobertaForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "roberta", "bert"),
     "xlm-roberta": ("XLMRobertaForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "xlmr", "modernbert"),
+    "roberta-prelayernorm": ("RobertaPreLayerNormForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "roberta", "electra"),
+    "xlm-roberta-xl": ("XLMRobertaXLForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "xlmr", "roberta-prelayernorm"),
     "electra": ("ElectraForMaskedLM", lambda D: _layers(D, embedding_size=D//2), "bert", "xlm-roberta"),
     "mpnet": ("MPNetForMaskedLM", _layers, "mpnet", "deberta-v2"),
     "deberta-v2": ("DebertaV2ForMaskedLM", _deberta, "deberta", "electra"),
@@ -113,6 +116,7 @@ FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, s
     "t5": ("T5ForConditionalGeneration", _t5, "t5", "bart"),
     "mt5": ("MT5ForConditionalGeneration", lambda D: _t5(D, feed_forward_proj="gated-gelu"), "t5", "bert"),
     "bart": ("BartForConditionalGeneration", _bart, "roberta", "t5"),
+    "blenderbot": ("BlenderbotForConditionalGeneration", _bart, "blenderbot", "xlm-roberta-xl"),
     "mbart": ("MBartForConditionalGeneration", _bart, "mbart", "xlm-roberta")}
 ROLES = "bos", "eos", "pad", "cls", "sep", "unk", "mask"
 
@@ -139,6 +143,7 @@ def _decoder(kind: str, tok) -> dict:
     "The ids with which a decoder begins and ends, as the family's checkpoints have them."
     if kind in ("t5", "mt5"): return dict(decoder_start_token_id=tok.pad_token_id)
     if kind == "bart": return dict(decoder_start_token_id=tok.eos_token_id, forced_bos_token_id=tok.bos_token_id, forced_eos_token_id=tok.eos_token_id)
+    if kind == "blenderbot": return dict(decoder_start_token_id=tok.bos_token_id, forced_eos_token_id=tok.eos_token_id)
     return dict(decoder_start_token_id=tok.convert_tokens_to_ids("en_XX"), forced_eos_token_id=tok.eos_token_id)
 
 def _save(folder: Path, m, tok):
@@ -223,7 +228,7 @@ def body(x: Made):
             if x.axis(n) is not None: continue
             if new[n].shape == t.shape: assert torch.equal(new[n], t), n
             else:
-                assert x.case.kind in ("roberta", "xlm-roberta") and "position" in n, n       # their positions begin behind the padding id
+                assert "roberta" in x.case.kind and "position" in n, n       # their positions begin behind the padding id
                 a, b = x.theirs.pad_token_id + 1, x.ours.pad_token_id + 1
                 assert torch.equal(new[n][b:], t[a:]), n
 
@@ -290,15 +295,17 @@ def ids(x: Made):
     elif getattr(x.big.get_input_embeddings(), "padding_idx", None) is not None: assert pad == m.config.pad_token_id
     if x.case.task == SEQ2SEQ:
         start, by = getattr(m.generation_config, "decoder_start_token_id", None) or m.config.to_dict().get("decoder_start_token_id"), x.ours
-        assert start == {"t5": by.pad_token_id, "mt5": by.pad_token_id, "bart": by.eos_token_id or by.sep_token_id, "mbart": by.bos_token_id}[x.case.kind]
+        assert start == {"t5": by.pad_token_id, "mt5": by.pad_token_id, "bart": by.eos_token_id or by.sep_token_id, "mbart": by.bos_token_id,
+                         "blenderbot": by.bos_token_id}[x.case.kind]
         assert m.config.pad_token_id == by.pad_token_id is not None
-        if x.case.kind in ("bart", "mbart"): assert m.generation_config.forced_eos_token_id == by.eos_token_id
+        if "bart" in x.case.kind or x.case.kind == "blenderbot": assert m.generation_config.forced_eos_token_id == by.eos_token_id
 
 STRAYS = {  # what old versions stored, by family
     "gpt2": ["transformer.h.0.attn.bias", "h.1.attn.masked_bias"], "bloom": ["h.1.self_attention.scale_mask_softmax.causal_mask"],
-    "bart": ["model.encoder.version", "model.decoder.version"], "mbart": ["model.encoder.version", "model.decoder.version"], "opt": ["decoder.version"],
+    "opt": ["decoder.version"], "roberta-prelayernorm": ["roberta_prelayernorm.embeddings.position_ids"], "xlm-roberta-xl": ["roberta.embeddings.position_ids"],
     "t5": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"], "mt5": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"],
     "deberta-v2": ["deberta.embeddings.position_ids"], "modernbert": []}
+for _k in ("bart", "mbart", "blenderbot"): STRAYS[_k] = ["model.encoder.version", "model.decoder.version"]
 for _k in ("bert", "roberta", "xlm-roberta", "electra", "mpnet"): STRAYS[_k] = [f"{_k.replace('xlm-', '')}.embeddings.position_ids"]
 for _k in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"): STRAYS[_k] = ["model.layers.1.self_attn.rotary_emb.inv_freq"]
 

@@ -1,6 +1,6 @@
 "Every family through CLP (tests/families.py), and the table of results/ that says so."
 import csv
-import pytest, torch
+import pytest, torch, transformers as hf
 from families import CASES, CHECKS, TABLE, Case, Shop, _save, carry, lines, model, tokenizer
 from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import _families
@@ -19,7 +19,18 @@ def shop(tmp_path_factory):
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_family(case, check, shop): assert shop.cell(case, check) == "yes"
 
-def test_every_family_is_in_the_table(): assert {c.kind for c in CASES} == set(_families())
+def test_every_family_is_in_the_table():
+    "But for models made of two, which have two vocabularies and are refused."
+    assert {c.kind for c in CASES} == {kind for kind, table in _families().items() if not table.halves}
+
+def test_a_model_with_two_vocabularies_is_refused_in_one_line(shop, tmp_path):
+    halves = (model("bert", 24, False).bert, model("roberta", 24, False))
+    for half in halves: half.config.is_decoder = half.config.add_cross_attention = half is halves[1]
+    config = hf.EncoderDecoderConfig(encoder=halves[0].config.to_dict(), decoder=halves[1].config.to_dict())
+    source = _save(tmp_path/"source", hf.EncoderDecoderModel(config), tokenizer("bert", False))
+    helper = _save(tmp_path/"helper", model("gpt2", 20, True), tokenizer("gpt2", True))
+    with pytest.raises(Refusal, match="^EncoderDecoderModel has a vocabulary in each half") as e: carry(source, helper, tmp_path/"out")
+    assert "\n" not in str(e.value) and not (tmp_path/"out").exists()
 
 def test_the_table_is_what_was_found(shop):
     with open(TABLE, newline="") as f: committed = list(csv.DictReader(f))

@@ -147,7 +147,8 @@ def test_modernbert_published():
 def test_positions_begin_where_the_model_begins_them():
     "The model, given no positions, says the same as given those that the table tells; and something else with others."
     for architecture, kw in [("RobertaModel", TINY | dict(pad_token_id=1)), ("RobertaModel", TINY | dict(pad_token_id=4)),
-                             ("XLMRobertaModel", TINY | dict(pad_token_id=0)), ("MPNetModel", MPNET | dict(pad_token_id=1)),
+                             ("XLMRobertaModel", TINY | dict(pad_token_id=0)),
+                             ("RobertaPreLayerNormModel", TINY | dict(pad_token_id=4)), ("XLMRobertaXLModel", TINY | dict(pad_token_id=2)), ("MPNetModel", MPNET | dict(pad_token_id=1)),
                              ("MPNetModel", MPNET | dict(pad_token_id=7)), ("ElectraModel", ELECTRA | dict(pad_token_id=3)),
                              ("BertModel", TINY | dict(pad_token_id=3))]:
         m = make(architecture, kw).eval(); ids = torch.arange(10, 16)[None]
@@ -222,7 +223,8 @@ def test_relative_positions_cost_as_many_as_there_are():
 # ---- packed texts
 
 T4 = TINY | dict(num_hidden_layers=4)
-WINDOWS = {"ModernBertForMaskedLM": MODERN | dict(num_hidden_layers=4, local_attention=4), "ElectraForMaskedLM": ELECTRA, "MPNetForMaskedLM": MPNET,
+WINDOWS = {"RobertaPreLayerNormForMaskedLM": T4, "XLMRobertaXLForMaskedLM": T4, "ModernBertForMaskedLM": MODERN | dict(num_hidden_layers=4, local_attention=4),
+           "ElectraForMaskedLM": ELECTRA, "MPNetForMaskedLM": MPNET,
            "MistralForCausalLM": T4 | dict(sliding_window=3, num_key_value_heads=2),
            "Qwen2ForCausalLM": T4 | dict(use_sliding_window=True, sliding_window=3, max_window_layers=2, num_key_value_heads=2)}
 

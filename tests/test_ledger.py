@@ -16,6 +16,8 @@ MODELS = {"GPT2LMHeadModel": GPT2, "LlamaForCausalLM": LLAMA, "MistralForCausalL
           "Qwen2ForCausalLM": LLAMA | dict(tie_word_embeddings=True), "Qwen3ForCausalLM": LLAMA | dict(head_dim=24),
           "BertForMaskedLM": BERT, "BertModel": BERT, "BertForSequenceClassification": BERT, "RobertaForMaskedLM": BERT,
           "RobertaForSequenceClassification": BERT, "RobertaForTokenClassification": BERT, "BartForConditionalGeneration": BART,
+          "RobertaPreLayerNormForMaskedLM": BERT, "RobertaPreLayerNormModel": BERT, "XLMRobertaXLForMaskedLM": BERT,
+          "XLMRobertaXLForTokenClassification": BERT, "BlenderbotForConditionalGeneration": BART,
           "T5ForConditionalGeneration": T5, "T5EncoderModel": T5 | dict(feed_forward_proj="gated-gelu")}
 FROZEN = {"nothing": [], "embeddings": ["embed"], "body": ["attn", "ffn"], "lower layers": ["embed", "attn@0-1", "ffn@0-1"],
           "all but norms": lambda t: not t.role.startswith(("attn.norm", "ffn.norm")), "values": ["attn.v"],
@@ -32,7 +34,7 @@ def measured(architecture, kw, frozen, train):
     model = cls(cls.config_class(**kw)); model.set_attn_implementation("eager"); model.config.use_cache = False
     lay = layout(model.config, architecture)
     asleep = {n for n, t in lay.stored().items() if frozen(t)} if callable(frozen) else set(lay.select(frozen))
-    for n, p in model.named_parameters(): p.requires_grad_(n not in asleep)
+    for n, p in model.named_parameters(remove_duplicate=False): p.requires_grad_(lay.storage(lay.tensors[n]).name not in asleep)
     two = "decoder" in lay.layers
     kwargs = dict(input_ids=torch.randint(5, 97, (B, S))) | (dict(decoder_input_ids=torch.randint(5, 97, (B, T))) if two else {})
     with FlopCounterMode(display=False) as counter:

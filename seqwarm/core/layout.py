@@ -60,7 +60,7 @@ def _rows(text: str) -> list[_Row]:
         if both: rows.append(replace(rows[-1], **bias))
     return rows
 
-# %% ../../nbs/core/05_layout.ipynb #4242e4ca
+# %% ../../nbs/core/05_layout.ipynb #47ccdc85
 @dataclass(frozen=True)
 class Family:
     "One table, and how to read it."
@@ -69,11 +69,12 @@ class Family:
     prefix: str                                 # what stands before the base model's tensors in models with a head
     parts: dict[str, str]                       # class, without its beginning -> its parts; 'Model' is the base model
     read: Callable[[dict], dict[str, Any]]      # config -> sizes (int) and conditions (bool)
-    norm: str | Callable[[dict], str]           # where norms stand, see below; a function of the config where models differ
+    norm: str | Callable[[dict], str | dict[str, str]]   # where norms stand, see below; by config or stack where these differ
     table: str
     strays: str = r"position_ids|token_type_ids"  # ends of names that are stored by old versions and mean nothing
     begin: int | None = 0                       # the first of the model's `position_ids`; None: the one behind the padding id
     packs: bool = True                          # whether `forward` takes a mask [B, 1, S, S], so that documents in a row stay apart
+    halves: Callable[[dict], dict[str, tuple[dict, str]]] | None = None   # config -> {stack: (config, class)} of the models inside
 
     def architectures(self, model_type: str) -> dict[str, str]:
         "The classes of a model type that the table explains, and what their names end in."
@@ -98,18 +99,18 @@ def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int
             yield from ((r, layer) for r in rows[i:j] if ("{1..}" if layer == 0 else "{0}") not in r.name)
         i = j
 
-# %% ../../nbs/core/05_layout.ipynb #ffbfddb0
+# %% ../../nbs/core/05_layout.ipynb #81437251
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
+    tensors, sizes = _halves(family, config)
     facts = family.read(config)
-    sizes = {k: v for k, v in facts.items() if not isinstance(v, bool)}
+    sizes |= {k: v for k, v in facts.items() if not isinstance(v, bool)}
     end = family.architectures(config["model_type"])[architecture]
     true = {k for k, v in facts.items() if v is True} | set(family.parts[end].split())
     dot = "" if end == "Model" or not family.prefix else family.prefix + "."
     full = lambda name: dot + name[1:] if name.startswith(".") else name
     tied = config.get("tie_word_embeddings", True)
     rows = [r for r in _rows(family.table) if all((w[1:] not in true) if w[0] == "!" else w in true for w in r.when)]
-    tensors = {}
     for row, layer in _places(rows, sizes):
         name = full(re.sub(r"\{.*?\}", str(layer), row.name))
         shape = tuple(_size(a, row.stack, sizes) for a in row.axes)
@@ -117,7 +118,17 @@ def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, 
         tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
     return tensors, sizes
 
-# %% ../../nbs/core/05_layout.ipynb #46e332e1
+def _halves(table: Family, config: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
+    "Tensors and sizes of the whole models inside a model, each as a stack; none for a model of one piece."
+    tensors, sizes = {}, {}
+    for stack, (part, architecture) in (table.halves(config) if table.halves else {}).items():
+        own = f"{stack}.".__add__
+        found, size = _expand(family(part["model_type"]), part, architecture)
+        tensors |= {own(n): replace(t, name=own(n), stack=stack, tied=t.tied and own(t.tied)) for n, t in found.items()}
+        sizes |= {own(axis): n for axis, n in size.items()}
+    return tensors, sizes
+
+# %% ../../nbs/core/05_layout.ipynb #c97d84bb
 @dataclass(frozen=True)
 class Layout:
     "All tensors of one model by name, role, place and axes."
@@ -136,10 +147,14 @@ class Layout:
         "Number of layers of each stack: {'': 12}, or {'encoder': 6, 'decoder': 6}."
         stacks = dict.fromkeys(t.stack for t in self.tensors.values() if t.layer is not None)
         return {s: 1 + max(t.layer for t in self.tensors.values() if t.stack == s and t.layer is not None) for s in stacks}
+    def norms(self, stack: str = "") -> str:
+        "Where the norms of a stack stand: 'pre', 'post', 'out' or 'both'."
+        norm = self.table.norm(self.config) if callable(self.table.norm) else self.table.norm
+        return norm if isinstance(norm, str) else norm[stack]
     @property
     def norm(self) -> str:
-        "Where norms stand: 'pre', 'post', 'out' or 'both'."
-        return self.table.norm(self.config) if callable(self.table.norm) else self.table.norm
+        "Where norms stand in all stacks; 'post, pre' where the stacks differ."
+        return ", ".join(dict.fromkeys(map(self.norms, self.layers)))
     def stored(self) -> dict[str, Tensor]:
         "The tensors that `save_pretrained` writes."
         return {n: t for n, t in self.tensors.items() if not t.tied}
@@ -173,7 +188,7 @@ def _untied(self: Layout, names: Iterable[str]) -> Layout:
 
 Layout.find, Layout.one, Layout.untied = _find, _one, _untied
 
-# %% ../../nbs/core/05_layout.ipynb #3bf75efc
+# %% ../../nbs/core/05_layout.ipynb #1e6f2f4e
 _WORD = re.compile(r"(?:(?P<stack>\w+)/)?(?P<role>[\w.]*)(?:@(?P<first>\d+)(?:-(?P<last>\d+))?)?")
 
 def _meant(t: Tensor, stack: str | None, role: str, first: str | None, last: str | None) -> bool:
@@ -182,14 +197,16 @@ def _meant(t: Tensor, stack: str | None, role: str, first: str | None, last: str
     return here and stack in (None, t.stack) and (not role or f"{t.role}.".startswith(f"{role}."))
 
 def _select(self: Layout,
-            words: str | Iterable[str],     # 'embed', 'encoder/attn', 'ffn@0-3', or several of these
+            words: str | Iterable[str],     # 'embed', 'encoder', 'encoder/attn', 'ffn@0-3', or several of these
             ) -> dict[str, Tensor]:         # by name
     "The stored tensors that words mean; a word that means nothing is refused."
     picked, roles = {}, {t.role for t in self.tensors.values()}
     for word in [words] if isinstance(words, str) else words:
         m = _WORD.fullmatch(word)
         if not m: raise Refusal(f"{word!r} names no tensors", "write a role ('attn'), or stack/role@layers ('encoder/attn@0-3')")
-        hits = [t for t in self.tensors.values() if _meant(t, **m.groupdict())]
+        said = m.groupdict()
+        if said["role"] and said["role"] in self.layers: said |= dict(stack=said["role"], role="")
+        hits = [t for t in self.tensors.values() if _meant(t, **said)]
         if not hits: raise unknown(f"tensor in {self.architecture} that is called", word, roles)
         own = {t.name: t for t in hits if not t.tied}
         if not own: raise Refusal(f"{word!r} is tied to {self.storage(hits[0]).name}", f"say {self.storage(hits[0]).role!r} instead")
@@ -272,7 +289,7 @@ def _filled(config: Any) -> dict:
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
-# %% ../../nbs/core/05_layout.ipynb #c72f9dd4
+# %% ../../nbs/core/05_layout.ipynb #98772d6f
 def layout(config: Any,                        # a config of transformers, or the content of a config.json
            architecture: str | None = None,    # class of the model; by default the first of config.architectures
            ) -> Layout:
@@ -283,8 +300,11 @@ def layout(config: Any,                        # a config of transformers, or th
     architecture = architecture or (named if isinstance(named, str) else next(iter(named), None))
     if not architecture: raise Refusal("the config names no architecture", f"give one of {', '.join(table.architectures(kind))}")
     if architecture not in table.architectures(kind): raise unknown(f"architecture of {kind}", architecture, table.architectures(kind))
-    if config.get("add_cross_attention"): raise Refusal(f"a {kind} model with cross-attention has no table", "use bart or t5")
-    try: tensors, sizes = _expand(table, config, architecture); rest = sizes.get("heads", 0) % sizes.get("head", 1)
-    except ZeroDivisionError: rest = 1
+    if config.get("add_cross_attention"):
+        raise Refusal(f"a {kind} model with cross-attention has no table of its own", "use it in an encoder-decoder, or bart or t5")
+    try:
+        tensors, sizes = _expand(table, config, architecture)
+        rest = any(_size("heads", k.removesuffix("head")[:-1], sizes) % n for k, n in sizes.items() if k.split(".")[-1] == "head")
+    except ZeroDivisionError: rest = True
     if rest: raise Refusal(f"the config of this {kind} model is not valid: its width cannot be cut into its heads", "mend its config.json")
     return Layout(table.name, config, architecture, tensors, sizes, table)

@@ -13,11 +13,11 @@ from typing import Any
 from .errors import Refusal, unknown
 from .layout import Layout, Tensor
 
-# %% ../../nbs/core/70_ledger.ipynb #1fde4e2a
+# %% ../../nbs/core/70_ledger.ipynb #cdebf85a
 def _tokens(t: Tensor, source: int, target: int | None) -> int:
     "On how many positions of a sequence a matrix works."
     if t.role.startswith("pooler"): return 1
-    if t.stack == "decoder" and t.role not in ("cross.k", "cross.v"): return target
+    if t.stack == "decoder" and t.role not in ("cross.k", "cross.v", "cross.project"): return target
     return target if t.role == "head" and target else source
 
 def _attentions(layout: Layout, source: int, target: int | None) -> dict[tuple[str, str], int]:
@@ -26,9 +26,10 @@ def _attentions(layout: Layout, source: int, target: int | None) -> dict[tuple[s
     if target: pairs |= {("decoder", "attn"): target**2, ("decoder", "cross"): source*target}
     return {(s, a): 2 * n * layout.size("heads", s) for (s, a), n in pairs.items() if s in layout.layers}
 
-def _beside(layout: Layout, source: int) -> dict[str, int]:
+def _beside(layout: Layout, stack: str, source: int) -> dict[str, int]:
     "FLOPs of the scores beside the contents' own, in one layer and one sequence: with relative positions that have vectors."
-    return {k: 2 * source * layout.size(k) * layout.size("heads") for k in ("c2p", "p2c") if k in layout.sizes}
+    own = {k: f"{stack}.{k}".removeprefix(".") for k in ("c2p", "p2c")}
+    return {k: 2 * source * layout.sizes[n] * layout.size("heads", stack) for k, n in own.items() if n in layout.sizes}
 
 def _embedding_as_head(layout: Layout) -> list[Tensor]:
     "The embedding, where a transformed head has no matrix of its own and multiplies with that."
@@ -61,16 +62,16 @@ class _Walk:
                 self.backward += n * (x + self.awake(t))
         return x or self.trained([role], stack, layer)
 
-# %% ../../nbs/core/70_ledger.ipynb #16f9a3c7
+# %% ../../nbs/core/70_ledger.ipynb #3dfde35c
 def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: bool, cost: int, bias: bool) -> bool:
     "Queries from `x`, keys and values from `keys`: the products with weights and the two without."
-    if self.layout.find(f"{block}.qkv"): q = k = v = self.matrix(f"{block}.qkv", stack, layer, x)
+    if self.layout.find(f"{block}.qkv", stack): q = k = v = self.matrix(f"{block}.qkv", stack, layer, x)
     else: q, k, v = (self.matrix(f"{block}.{r}", stack, layer, g) for r, g in (("q", x), ("k", keys), ("v", keys)))
     q, k = (g or self.trained([f"{block}.{r}_norm"], stack, layer) for g, r in ((q, "q"), (k, "k")))
     p = q or k or bias                       # the attention weights
-    for kind, n in _beside(self.layout, self.source).items():
+    for kind, n in _beside(self.layout, stack, self.source).items():
         content, own, shared = (q, "pos_k", "k") if kind == "c2p" else (k, "pos_q", "q")
-        own = own if self.layout.find(f"{block}.{own}") else shared
+        own = own if self.layout.find(f"{block}.{own}", stack) else shared
         place = self.trained(["embed.relative", "embed.relative_norm"], stack) or self.trained([f"{block}.{own}"], stack, layer)
         self.forward[kind] = self.forward.get(kind, 0) + n
         self.backward += n * (content + place)
@@ -80,7 +81,7 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #34137a40
+# %% ../../nbs/core/70_ledger.ipynb #4d8d480d
 def _bottom(w: _Walk, stack: str) -> bool:
     "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
     roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
@@ -89,8 +90,9 @@ def _bottom(w: _Walk, stack: str) -> bool:
 
 def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
-    lay, pre = w.layout, w.layout.norm != "post"
+    lay, pre = w.layout, w.layout.norms(stack) != "post"
     costs = _attentions(lay, w.source, w.target)
+    below = w.matrix("cross.project", stack, None, below)
     x = below_all = _bottom(w, stack)
     bias = w.trained(["attn.relative"], stack, 0) or w.trained(["attn.relative"], stack)
     for layer in range(lay.layers[stack]):
@@ -107,7 +109,8 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     return w.matrix("head.project", stack, None, x or w.trained(["norm.final"], stack))
 
 def _top(w: _Walk, stack: str, x: bool) -> None:
-    "What stands on the last stack: LM head, pooler, classifiers."
+    "What stands on the last stack: LM head, pooler, classifiers; and an encoder's pooler under a decoder, which runs for nobody."
+    w.forward |= {t.role: 2 * t.size for t in w.place.get(("encoder", None), ()) if stack == "decoder" and t.role == "pooler"}
     for s in dict.fromkeys(("", stack)):
         h = w.matrix("head.dense", s, None, x) or w.trained(["head.norm"], s)
         w.matrix("head", s, None, h)
@@ -147,7 +150,7 @@ def flops(layout: Layout,
     w = _walk(layout, source, target, frozen)
     return sum(w.forward.values()) + w.backward * train
 
-# %% ../../nbs/core/70_ledger.ipynb #1c010c89
+# %% ../../nbs/core/70_ledger.ipynb #882be408
 def describe(layout: Layout,
              source: int = 512,             # S at which attention is counted
              target: int | None = None,     # T, by default S where there is a decoder
@@ -168,8 +171,10 @@ def describe(layout: Layout,
     for (stack, block), n in costs.items():
         rows[stack, block] = dict(role=f"{block} (scores, values)", stack=stack, tensors=0, axes="", shape="", parameters=0, tied="",
                                   flops=layout.layers[stack] * 2*n / (target if stack == "decoder" else source))
-    for kind, n in _beside(layout, source).items():
-        rows[kind] = dict(role=kind, stack="", tensors=0, axes="", shape="", parameters=0, tied="", flops=layout.layers[""] * n / source)
+    for stack, n_layers in layout.layers.items():
+        for kind, n in _beside(layout, stack, source).items():
+            rows[stack, kind] = dict(role=kind, stack=stack, tensors=0, axes="", shape="", parameters=0, tied="",
+                                     flops=n_layers * n / source)
     for t in _embedding_as_head(layout):
         rows["head"] = dict(role="head", stack="", tensors=0, axes="", shape="", parameters=0, tied=t.name, flops=2*t.size)
     return pd.DataFrame(list(rows.values()))

@@ -8,11 +8,11 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/50_bart.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/50_bart.ipynb #5370a023
-def _read(c: dict) -> dict:
-    "Sizes from a BART config; those that differ between the stacks carry its name."
+# %% ../../nbs/families/50_bart.ipynb #177dd075
+def _read(c: dict, skip: int = 2) -> dict:
+    "Sizes from a BART config; those that differ between the stacks carry its name. `skip`: rows before the first position."
     D = c["d_model"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, position=c["max_position_embeddings"] + 2) | {
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, position=c["max_position_embeddings"] + skip) | {
         f"{s}.{k}": v for s in ("encoder", "decoder")
         for k, v in dict(layers=c[f"{s}_layers"], ffn=c[f"{s}_ffn_dim"], head=D // c[f"{s}_attention_heads"]).items()}
 
@@ -29,9 +29,9 @@ def _layer(stack: str, cross: str = "") -> str:
     .{stack}.layers.{{L}}.fc2.weight|bias                        ffn.down      hidden < ffn
     .{stack}.layers.{{L}}.final_layer_norm.weight|bias           ffn.norm      hidden"""
 
-# %% ../../nbs/families/50_bart.ipynb #08a9af20
-def _table(last: str = "") -> str:
-    "All rows; `last` is what else closes a stack."
+# %% ../../nbs/families/50_bart.ipynb #0ff3e504
+def _table(last: str = "", norm: str = ".{stack}.layernorm_embedding.weight|bias   embed.norm   hidden") -> str:
+    "All rows; `norm` is that of the embeddings, `last` what else closes a stack."
     return f"""
     final_logits_bias                                            head.bias        one vocab       if head optional
     .shared.weight                                               embed.token      vocab hidden
@@ -39,7 +39,7 @@ def _table(last: str = "") -> str:
     .encoder.embed_tokens.weight                                 embed.token      vocab hidden    = .shared.weight
     .encoder.embed_positions.weight                              embed.position   position hidden
     {_layer("encoder")}
-    .encoder.layernorm_embedding.weight|bias                     embed.norm       hidden
+    {norm.format(stack="encoder")}
     {last.format(stack="encoder")}
   decoder:
     .decoder.embed_tokens.weight                                 embed.token      vocab hidden    = .shared.weight
@@ -50,10 +50,11 @@ def _table(last: str = "") -> str:
     .decoder.layers.{L}.encoder_attn.q_proj.weight|bias          cross.q       heads < hidden
     .decoder.layers.{L}.encoder_attn.out_proj.weight|bias        cross.o       hidden < heads
     .decoder.layers.{L}.encoder_attn_layer_norm.weight|bias      cross.norm    hidden''')}
-    .decoder.layernorm_embedding.weight|bias                     embed.norm       hidden
+    {norm.format(stack="decoder")}
     {last.format(stack="decoder")}
     lm_head.weight                                               head             vocab < hidden  = .shared.weight   if head
 """
 
+_PARTS, _STRAYS = {"ForConditionalGeneration": "head", "Model": ""}, r"encoder\.version|decoder\.version"
 FAMILY = Family("bart", {"bart": "Bart"}, prefix="model", norm="post", read=_read,
-    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version", table=_table())
+    parts=_PARTS, strays=_STRAYS, table=_table())

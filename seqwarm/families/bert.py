@@ -8,30 +8,45 @@ __all__ = ['FAMILY']
 # %% ../../nbs/families/30_bert.ipynb #cb7cb281
 from ..core.layout import Family
 
-# %% ../../nbs/families/30_bert.ipynb #5c1e1d73
+# %% ../../nbs/families/30_bert.ipynb #6561a0c9
 def _read(c: dict) -> dict:
     "Sizes and conditions from a config in the style of BERT."
     D = c["hidden_size"]
     return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["num_attention_heads"], ffn=c["intermediate_size"],
                 layers=c["num_hidden_layers"], position=c["max_position_embeddings"], type=c["type_vocab_size"],
-                labels=len(c.get("id2label") or (0, 1)), two=2)
+                labels=len(c.get("id2label") or (0, 1)), two=2, cross=bool(c.get("add_cross_attention")))
 
-# %% ../../nbs/families/30_bert.ipynb #c234865c
+def _attention(role: str, norm: str) -> str:
+    "The rows of one attention block: `attn`, or the `cross` of a decoder."
+    block, when = (".encoder.layer.{L}.attention", "") if role == "attn" else (".encoder.layer.{L}.crossattention", "if cross")
+    return f"""
+    {block}.self.query.weight|bias         {role}.q      heads < hidden   {when}
+    {block}.self.key.weight|bias           {role}.k      heads < hidden   {when}
+    {block}.self.value.weight|bias         {role}.v      heads < hidden   {when}
+    {block}.output.dense.weight|bias       {role}.o      hidden < heads   {when}
+    {block}.{norm}.weight|bias             {role}.norm   hidden           {when}"""
+
+def _layer(norm: str = "output.LayerNorm", ffn: str = "output.LayerNorm") -> str:
+    "The rows of one layer; `norm` and `ffn` are where a family keeps the norms of its attention and of its feed-forward net."
+    row = f".encoder.layer.{{L}}.{ffn}.weight|bias           ffn.norm    hidden"
+    before, behind = (row, "") if ffn.startswith("intermediate") else ("", row)
+    return f"""
+    {_attention("attn", norm)}
+    {_attention("cross", norm)}
+    {before}
+    .encoder.layer.{{L}}.intermediate.dense.weight|bias      ffn.up      ffn < hidden
+    .encoder.layer.{{L}}.output.dense.weight|bias            ffn.down    hidden < ffn
+    {behind}"""
+
+# %% ../../nbs/families/30_bert.ipynb #2510b604
 FAMILY = Family("bert", {"bert": "Bert"}, prefix="bert", norm="post", read=_read,
     parts={"ForMaskedLM": "head", "LMHeadModel": "head", "ForPreTraining": "head pooler next", "Model": "pooler",
-           "ForSequenceClassification": "pooler pooled", "ForTokenClassification": "tags"}, table="""
+           "ForSequenceClassification": "pooler pooled", "ForTokenClassification": "tags"}, table=f"""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
     .embeddings.position_embeddings.weight                   embed.position   position hidden
     .embeddings.token_type_embeddings.weight                 embed.type       type hidden
     .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
-    .encoder.layer.{L}.attention.self.query.weight|bias      attn.q           heads < hidden
-    .encoder.layer.{L}.attention.self.key.weight|bias        attn.k           heads < hidden
-    .encoder.layer.{L}.attention.self.value.weight|bias      attn.v           heads < hidden
-    .encoder.layer.{L}.attention.output.dense.weight|bias    attn.o           hidden < heads
-    .encoder.layer.{L}.attention.output.LayerNorm.weight|bias  attn.norm      hidden
-    .encoder.layer.{L}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
-    .encoder.layer.{L}.output.dense.weight|bias              ffn.down         hidden < ffn
-    .encoder.layer.{L}.output.LayerNorm.weight|bias          ffn.norm         hidden
+    {_layer()}
     .pooler.dense.weight|bias                                pooler           hidden < hidden    if pooler optional
     cls.predictions.bias                                     head.bias        vocab              if head
     cls.predictions.transform.dense.weight|bias              head.dense       hidden < hidden    if head

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/42_electra.ipynb #2129f8ce
+# %% ../../nbs/families/42_electra.ipynb #d8035a11
 from ..core.layout import Family
-from .bert import _read
+from .bert import _layer, _read   # rows of a layer and sizes stand as BERT's do
 
 # %% ../../nbs/families/42_electra.ipynb #ba81c8f8
 def _sizes(c: dict) -> dict:
@@ -30,21 +30,14 @@ def _above(axis: str, when: str) -> str:
     generator_lm_head.weight  head  vocab < {axis} = .embeddings.word_embeddings.weight  if head {when}
     generator_lm_head.bias                                   head.bias        vocab              if head {when}"""
 
-# %% ../../nbs/families/42_electra.ipynb #26d1e1af
+# %% ../../nbs/families/42_electra.ipynb #98546b2d
 FAMILY = Family("electra", {"electra": "Electra"}, prefix="electra", norm="post", read=_sizes,
     parts={"ForMaskedLM": "head", "ForPreTraining": "detect", "ForCausalLM": "head", "Model": "",
            "ForSequenceClassification": "pooled", "ForTokenClassification": "tags"}, table=f"""
     {_below("embed", "project")}
     {_below("hidden", "!project")}
     .embeddings_project.weight|bias                          embed.project    hidden < embed     if project
-    .encoder.layer.{{L}}.attention.self.query.weight|bias      attn.q           heads < hidden
-    .encoder.layer.{{L}}.attention.self.key.weight|bias        attn.k           heads < hidden
-    .encoder.layer.{{L}}.attention.self.value.weight|bias      attn.v           heads < hidden
-    .encoder.layer.{{L}}.attention.output.dense.weight|bias    attn.o           hidden < heads
-    .encoder.layer.{{L}}.attention.output.LayerNorm.weight|bias  attn.norm      hidden
-    .encoder.layer.{{L}}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
-    .encoder.layer.{{L}}.output.dense.weight|bias              ffn.down         hidden < ffn
-    .encoder.layer.{{L}}.output.LayerNorm.weight|bias          ffn.norm         hidden
+    {_layer()}
     {_above("embed", "project")}
     {_above("hidden", "!project")}
     discriminator_predictions.dense.weight|bias              detect.dense     hidden < hidden    if detect

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/52_mbart.ipynb #08636eb9
+# %% ../../nbs/families/52_mbart.ipynb #64d740b1
 from ..core.layout import Family
-from .bart import _read, _table   # rows and sizes of a layer are BART's
+from .bart import _PARTS, _STRAYS, _read, _table   # rows and sizes of a layer are BART's
 
-# %% ../../nbs/families/52_mbart.ipynb #7456cb3e
+# %% ../../nbs/families/52_mbart.ipynb #fe63653d
+_LAST = ".{stack}.layer_norm.weight|bias  norm.final  hidden"
 FAMILY = Family("mbart", {"mbart": "MBart"}, prefix="model", norm="pre", read=_read,
-    parts={"ForConditionalGeneration": "head", "Model": ""}, strays=r"encoder\.version|decoder\.version",
-    table=_table(".{stack}.layer_norm.weight|bias  norm.final  hidden"))
+    parts=_PARTS, strays=_STRAYS, table=_table(_LAST))

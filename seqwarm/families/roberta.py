@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/40_roberta.ipynb #48c0a9d0
+# %% ../../nbs/families/40_roberta.ipynb #d8035a11
 from ..core.layout import Family
-from .bert import _read   # sizes stand in the config as BERT's do
+from .bert import _layer, _read   # rows of a layer and sizes stand as BERT's do
 
-# %% ../../nbs/families/40_roberta.ipynb #990eac37
+# %% ../../nbs/families/40_roberta.ipynb #bfc5066b
 _HEADS = """
     .pooler.dense.weight|bias                                pooler           hidden < hidden    if pooler optional
     lm_head.bias                                             head.bias        vocab              if head
@@ -20,23 +20,21 @@ _HEADS = """
     classifier.dense.weight|bias                             pooler.dense     hidden < hidden    if pooled
     classifier.out_proj.weight|bias                          pooler.labels    labels < hidden    if pooled
     classifier.weight|bias                                   tags             labels < hidden    if tags
-"""   # under RoBERTa's names
+"""
 
-FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post",
-    read=_read, begin=None,
-    parts={"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
-           "ForTokenClassification": "tags"}, table=f"""
+def _table(layer: str, norm: bool = True, last: str = "") -> str:
+    "All rows; `norm`: whether embeddings are normed; `last` closes the layers."
+    return f"""
     .embeddings.word_embeddings.weight                       embed.token      vocab hidden
     .embeddings.token_type_embeddings.weight                 embed.type       type hidden
-    .embeddings.LayerNorm.weight|bias                        embed.norm       hidden
+    {".embeddings.LayerNorm.weight|bias   embed.norm   hidden" if norm else ""}
     .embeddings.position_embeddings.weight                   embed.position   position hidden
-    .encoder.layer.{{L}}.attention.self.query.weight|bias      attn.q           heads < hidden
-    .encoder.layer.{{L}}.attention.self.key.weight|bias        attn.k           heads < hidden
-    .encoder.layer.{{L}}.attention.self.value.weight|bias      attn.v           heads < hidden
-    .encoder.layer.{{L}}.attention.output.dense.weight|bias    attn.o           hidden < heads
-    .encoder.layer.{{L}}.attention.output.LayerNorm.weight|bias  attn.norm      hidden
-    .encoder.layer.{{L}}.intermediate.dense.weight|bias        ffn.up           ffn < hidden
-    .encoder.layer.{{L}}.output.dense.weight|bias              ffn.down         hidden < ffn
-    .encoder.layer.{{L}}.output.LayerNorm.weight|bias          ffn.norm         hidden
-    {_HEADS}
-""")
+    {layer}
+    {last}
+    {_HEADS}"""
+
+# %% ../../nbs/families/40_roberta.ipynb #f064c01b
+_PARTS = {"ForMaskedLM": "head", "ForCausalLM": "head", "Model": "pooler", "ForSequenceClassification": "pooled",
+          "ForTokenClassification": "tags"}
+FAMILY = Family("roberta", {"roberta": "Roberta", "xlm-roberta": "XLMRoberta"}, prefix="roberta", norm="post",
+    read=_read, begin=None, parts=_PARTS, table=_table(_layer()))

@@ -109,7 +109,7 @@ def _shifted(source: Checkpoint, config: dict) -> int:
                       "add one to the helper's tokenizer")
     return first(config.get("pad_token_id")) - first(source.config.get("pad_token_id"))
 
-# %% ../../nbs/methods/10_clp.ipynb #c5ba991d
+# %% ../../nbs/methods/10_clp.ipynb #e24d488b
 def clp(source: Checkpoint,              # the large model of the other language
         helper: Checkpoint,              # a small model of the new language, of any family and width
         method: str = "procrustes",      # one of METHODS
@@ -125,6 +125,7 @@ def clp(source: Checkpoint,              # the large model of the other language
     "CLP-Transfer as a plan (Ostendorff & Rehm 2023): the source's body, the helper's vocabulary."
     options, rule = _options(method, options), METHODS[method]
     number("seed", seed); number("pad_to", pad_to, 1)
+    if source.layout.table.halves: raise Refusal(f"{source.architecture} has a vocabulary in each half", "transfer each half alone")
     if method != "wechsel" and (vectors or dictionary): raise Refusal(f"{method} uses no word vectors", "leave them out, or choose wechsel")
     theirs, ours = tokenizers or (load_tokenizer(source.path), load_tokenizer(helper.path))
     both, E, H = overlap(theirs, ours, match), source.layout.one("embed.token"), helper.layout.one("embed.token")
