@@ -1,5 +1,5 @@
 """Grafts and what comes out of them, against transformers' own forward, initialisation and loading, on tiny models whose every number matters."""
-import json, shutil
+import json, os, shutil
 import pytest, torch, transformers as hf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -23,6 +23,13 @@ ENCODERS = {   # config, how its classes begin, what differs from SIZES
     "deberta-v2": (hf.DebertaV2Config, "DebertaV2", dict(pad_token_id=0)),
     "modernbert": (hf.ModernBertConfig, "ModernBert", dict(pad_token_id=1, cls_token_id=0, sep_token_id=2, global_attn_every_n_layers=2, local_attention=4, attn_implementation="eager"))}
 EXACT = [k for k in ENCODERS if k.split(",")[0] in NATIVE and "narrow" not in k]
+
+@pytest.fixture(autouse=True, scope="module")
+def quick():
+    "Nothing here has to outlive a power cut: files are not waited for."
+    with pytest.MonkeyPatch.context() as m:
+        for call in ("fsync", "fdatasync"): m.setattr(os, call, lambda fd: None)
+        yield
 
 def random(model: torch.nn.Module) -> torch.nn.Module:
     "No number is left that is zero, one or small by its first draw."
@@ -274,6 +281,15 @@ def test_the_encoder_comes_back_to_the_bit(tmp_path, kind, end):
         equal(enc, carry_out(plan, new, tmp_path/f"x{i}"))
         assert plan.notes["moved"] == 0
 
+def test_another_dtype_since_rounds_and_no_more(tmp_path):
+    enc = encoder("bert", tmp_path/"e", "ForMaskedLM", torch.float32)
+    new = put(enc, tmp_path/"g", layers=1)
+    half = save(hf.AutoModelForSeq2SeqLM.from_pretrained(new.path).bfloat16(), None, tmp_path/"half", Card("half", "train"))
+    back = carry_out(extract(half, new.path), half, tmp_path/"x", new.path)
+    model = hf.AutoModelForMaskedLM.from_pretrained(back.path)
+    assert model.dtype == torch.bfloat16 and all(back.dtype(n) == torch.bfloat16 for n in back.names)
+    for n in enc.names: assert torch.allclose(back.read(n).float(), enc.read(n), atol=0.02), n
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_it_comes_back_in_half_precision(tmp_path, dtype):
     enc = encoder("bert", tmp_path/"e", "ForMaskedLM", dtype)
@@ -314,7 +330,7 @@ def test_a_trained_encoder_comes_out_as_it_is(tmp_path):
     later = trained(new, tmp_path/"t")
     plan = extract(later, tmp_path/"g/origin.safetensors")
     back = carry_out(plan, later, tmp_path/"x", tmp_path/"g/origin.safetensors")
-    assert plan.notes["moved"] == LENGTH and told(plan)[-2] == f"positions that training has changed, unfolded by subtraction: {LENGTH}"
+    assert plan.notes["moved"] == LENGTH and told(plan)[-2] == f"positions that have changed since, unfolded by subtraction: {LENGTH}"
     ids, mask = batch(0)
     a = states(hf.AutoModel.from_pretrained(back.path), ids, mask)
     b = states(hf.AutoModelForSeq2SeqLM.from_pretrained(later.path).get_encoder(), ids, mask)

@@ -232,7 +232,7 @@ def _plain_row(t: Any, enc: Layout, new: Layout, of: dict[tuple[str, int | None]
     if t.role == "embed.token" and new.config["scale_embedding"]: return Row(t.name, "scale", source, {"by": new.config["d_model"]**0.5})
     return Row(t.name, "copy", source)
 
-# %% ../../nbs/methods/20_graft.ipynb #d175b445
+# %% ../../nbs/methods/20_graft.ipynb #0ca98454
 def _back(seq2seq: Checkpoint, kept: Origin) -> tuple[Layout, list[Row]]:
     "The encoder that was grafted, and its rows."
     about, new, rows = kept.about, seq2seq.layout, {}
@@ -249,7 +249,7 @@ def _back(seq2seq: Checkpoint, kept: Origin) -> tuple[Layout, list[Row]]:
     return enc, [rows.get(n) or Row(n, "copy", f"origin:{n}") for n in about["names"]]
 
 def _moved(row: Row, seq2seq: Checkpoint, kept: Origin) -> int:
-    "How many positions training has changed since they were folded."
+    "How many positions have changed since they were folded."
     now, position, kinds = (at.read(s.split(":", 1)[1]) for at, s in zip((seq2seq, kept, kept), row.sources))
     return int((now != _fold(position, kinds, **row.args).to(now.dtype)).any(1).sum())
 
@@ -307,7 +307,7 @@ def _handing(tokenizer: Any, inputs: list[str] | None) -> Any:
     if tokenizer and inputs: tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
     return tokenizer
 
-# %% ../../nbs/methods/20_graft.ipynb #f5f6069a
+# %% ../../nbs/methods/20_graft.ipynb #95b5b174
 def told(plan: Plan) -> list[str]:   # of `graft` or `extract`
     "What a plan will do, in a few lines."
     ops = plan.summary()["operations"]
@@ -333,4 +333,4 @@ def _told_extract(plan: Plan, n: dict[str, Any]) -> list[str]:
     if not n["origin"]:
         return [first, f"without {_ORIGIN}: the class that computes the same" + (f"; never trained: {drawn}" if drawn else "")]
     return [first, f"from {_ORIGIN}, as when the decoder was grafted: {_roles(plan.layout, n['kept']) or 'the config'}",
-            f"positions that training has changed, unfolded by subtraction: {n['moved']:,}"]
+            f"positions that have changed since, unfolded by subtraction: {n['moved']:,}"]
