@@ -1,0 +1,82 @@
+"""The sequential recipe's arithmetic on rows made up for the purpose, its wishes, and its models at the smallest size."""
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from transformers import AutoModel, AutoModelForSeq2SeqLM
+from seqwarm.core.checkpoint import Card, Checkpoint
+from seqwarm.core.errors import Refusal
+from seqwarm.core.text import Text
+from seqwarm.recipes.sequential import Models, claims_of, measure, pairs, shortfall, sized
+
+WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, rate=2e-3, mask_rate=0.15, embeddings="sleep", family=None, two_steps=None)
+
+def rows(**arms):
+    "arm -> (kind, units, {measure: values of the seeds})"
+    return pd.DataFrame([dict(arm=arm, kind=kind, seed=s, total_units=units, **{m: v[s] for m, v in measures.items()})
+                         for arm, (kind, units, measures) in arms.items() for s in range(len(next(iter(measures.values()))))])
+
+def test_a_shortfall_is_counted_in_pooled_standard_errors():
+    t = rows(denoise=("seq2seq", 10, {"loss": [2.0, 2.2, 2.4], "parse/a exact": [50.0, 52.0, 54.0]}),
+             open=("seq2seq", 8, {"loss": [2.1, 2.3, 2.5], "parse/a exact": [60.0, 62.0, 64.0]}))
+    z = shortfall(t, "open")
+    assert z["loss"] == pytest.approx(0.1/np.sqrt(2*0.2**2/3)) and z["parse/a exact"] == pytest.approx(-10/np.sqrt(2*2.0**2/3))
+    assert shortfall(t[t.seed == 0], "open").isna().all()   # one seed has no spread
+
+def test_claims_on_rows_made_up():
+    some = {"parse/a exact": [50.0, 52.0, 54.0]}
+    t = rows(mlm=("encoder", 5, {"pos/a accuracy": [80.0, 80.0, 80.0]}), denoise=("seq2seq", 10, {"loss": [2.0, 2.1, 2.2]} | some),
+             **{"denoise.encoder": ("encoder", 10, {"pos/a accuracy": [70.0] * 3}), "denoise.encoder+mlm": ("encoder", 11, {"pos/a accuracy": [74.0] * 3}),
+                "wake@0.5": ("seq2seq", 8, {"loss": [2.05, 2.15, 2.25]} | some), "frozen": ("seq2seq", 7, {"loss": [3.0, 3.1, 3.2]} | some)})
+    paired = pd.DataFrame(dict(arm=["denoise", "wake@0.5", "frozen"], units_saved=[0.0, 0.2, 0.4], seed=0))
+    assert claims_of(t, paired) == {"seq-extract": pytest.approx(10), "seq-remedies": pytest.approx(0.6), "seq-match": 1.0, "seq-cost": pytest.approx(0.2)}
+    one = claims_of(t[t.seed == 0], paired)
+    assert one["seq-match"] is None and one["seq-cost"] is None and one["seq-extract"] == pytest.approx(10)
+    assert claims_of(t[t.arm != "wake@0.5"], paired[paired.arm != "wake@0.5"])["seq-cost"] is None   # nothing that matches
+
+@pytest.mark.parametrize("wish, says", [
+    (dict(arms=["mml"]), "did you mean 'mlm'"), (dict(arms=["wake@1.0"]), "wakes its encoder at no moment"), (dict(arms=["wake@half"]), "wakes its encoder at no moment"),
+    (dict(arms=[]), "arms is an empty list"), (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["x: labels:y"]), "says not what it is tested on"),
+    (dict(text="text:x.txt", tasks=["pos"]), "one of the toy world"), (dict(text="world:a", tasks=["translation"]), "translation wants two languages"),
+    (dict(width=30), "width cannot be 30"), (dict(seq_steps=0), "seq_steps cannot be 0"), (dict(rate=0.0), "rate cannot be 0"), (dict(mask_rate=1.5), "rate=1.5"),
+    (dict(embeddings="dream"), "way with the embeddings"), (dict(text="wrld:a"), "did you mean 'world:'")])
+def test_wishes_that_cannot_be(wish, says):
+    with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)
+
+def test_steps_of_the_second_stage_are_seven_tenths_unless_said():
+    assert sized("smoke", **WISH).two_steps == 17 and sized("smoke", **WISH | dict(two_steps=5)).two_steps == 5
+    p = sized("smoke", **WISH | dict(tasks=["upos: tags:a.jsonl?labels=upos -> en=tags:b.jsonl?labels=upos, de=tags:c.jsonl"]))
+    assert p.tasks and p.text == "world:a?words=30000 + world:b?words=30000"
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    torch.set_num_threads(1)
+    p = sized("smoke", **WISH | dict(words=6000, mlm_steps=5, seq_steps=5, two_steps=4, probe_steps=2, examples=16, tasks=["pos"], vocab=400,
+                                     arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.5", "copy@0.5", "spans", "small"]))
+    text = Text(p.text, None, p.length, p.vocab, extra=("<extra_id_0>", "<extra_id_1>"))
+    return Models(p, tmp_path_factory.mktemp("store"), text, 0)
+
+def test_what_sleeps_stays_and_what_wakes_moves(models):
+    encoder = Checkpoint(models["mlm"].path)
+    states = {arm: AutoModelForSeq2SeqLM.from_pretrained(models[arm].path).state_dict() for arm in ("frozen", "wake@0.5", "copy@0.5")}
+    q, theirs = "bert.encoder.layer.1.attention.self.query.weight", "model.encoder.layers.1.self_attn.q_proj.weight"
+    assert torch.equal(states["frozen"][theirs], encoder.read(q)) and not torch.equal(states["wake@0.5"][theirs], encoder.read(q))
+    down = "model.decoder.layers.1.fc2.weight"
+    near = (states["copy@0.5"][down] - encoder.read("bert.encoder.layer.1.output.dense.weight")).abs().max()
+    assert near < 0.02 < (states["wake@0.5"][down] - encoder.read("bert.encoder.layer.1.output.dense.weight")).abs().max()
+
+def test_an_extracted_encoder_computes_what_the_seq2seq_model_s_did(models):
+    whole, alone = AutoModelForSeq2SeqLM.from_pretrained(models["denoise"].path).eval(), AutoModel.from_pretrained(models["denoise.encoder"].path).eval()
+    ids = torch.arange(5, 21)[None]
+    with torch.no_grad(): assert torch.allclose(whole.get_encoder()(ids).last_hidden_state, alone(ids).last_hidden_state, atol=1e-5)
+
+def test_costs_are_those_of_the_lineage(models):
+    paired = pairs({0: models}).set_index("arm")
+    cost = {a: models[a].card.cost["units"] for a in ("mlm", "denoise", "frozen", "wake@0.5")}
+    assert paired.units["denoise"] == pytest.approx(cost["mlm"] + cost["denoise"])
+    assert paired.units["frozen"] == pytest.approx(cost["mlm"] + cost["frozen"])   # its encoder is the one that is wanted anyway
+    per_stack = 2/12/1e5                                                           # two layers, a step
+    assert cost["frozen"] == pytest.approx(4*1.5*per_stack) and cost["wake@0.5"] == pytest.approx((2*1.5 + 2*2)*per_stack)
+    row = measure(models, "wake@0.5")
+    assert row["total_units"] == pytest.approx(cost["mlm"] + cost["wake@0.5"]) and 0 < row["loss"] < 10 and row["kind"] == "seq2seq"
+    assert isinstance(models["mlm"].card, Card) and isinstance(measure(models, "mlm")["pos/a accuracy"], float)
