@@ -296,9 +296,14 @@ def test_it_comes_back_in_half_precision(tmp_path, dtype):
     new = put(enc, tmp_path/"g")
     equal(enc, carry_out(extract(new), new, tmp_path/"x"))
 
-def test_an_untied_head_comes_back(tmp_path):
+@pytest.mark.parametrize("says", [False, True], ids=["config says so", "config says tied"])
+def test_an_untied_head_and_a_generation_config_come_back(tmp_path, says):
     enc = encoder("roberta", tmp_path/"e", "ForMaskedLM", tie_word_embeddings=False)
-    assert "lm_head.decoder.weight" in enc.names
+    config = json.loads((tmp_path/"e"/"config.json").read_text())
+    (tmp_path/"e"/"config.json").write_text(json.dumps(config | {"tie_word_embeddings": says}))
+    enc = Checkpoint(tmp_path/"e")
+    assert "lm_head.decoder.weight" in enc.names and bool(enc.untied) == says
+    (tmp_path/"e"/"generation_config.json").write_text(json.dumps({"max_length": 9, "transformers_version": hf.__version__}))
     for family in ("bart", "encoder-decoder"):
         new = put(enc, tmp_path/family, family=family, layers=1)
         equal(enc, carry_out(extract(new), new, tmp_path/f"{family}-x"))
