@@ -247,7 +247,7 @@ def test_real_data(tmp_path):
     model = save(BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **ENCODER)), tokenizer, tmp_path/"bert")
     snips, ud = f"tags:{DATA}/snips/%s.jsonl.gz?labels=slots&n=%d", f"tags:{DATA}/ud/%s.jsonl.gz?labels=upos&n=%d"
     slots = probe(model, Probe("slots", snips % ("train", 2000), {"en": snips % ("test", 300)}, steps=80), tmp_path/"store")
-    assert slots.metric[0] == "f1" and slots.value[0] > 15
+    assert slots.metric[0] == "f1" and slots.value[0] > 5
     tests = {lang: ud % (f"{name}.test", 100) for lang, name in (("en", "en_ewt"), ("de", "de_gsd"))}
     upos = probe(model, Probe("upos", ud % ("en_ewt.train", 500), tests, steps=40, batch=16), tmp_path/"store").set_index("test")
     assert upos.value["en"] > upos.value["de"] > 10 and upos.metric["de"] == "accuracy"
