@@ -19,7 +19,8 @@ from seqwarm.core.world import World
 
 DATA = Path(os.environ.get("SEQWARM_DATA", Path(__file__).resolve().parents[2]/"shared"/"data"))
 IDS = dict(bos_token_id=0, eos_token_id=1, pad_token_id=2)
-ENCODER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=2)
+ENCODER = dict(hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=64, max_position_embeddings=64, pad_token_id=2,
+               initializer_range=0.18)   # 32 ** -0.5: the usual 0.02 is for wide models, and a narrow one wakes up slowly from it
 torch.set_num_threads(1)
 
 @pytest.fixture(scope="module")
@@ -36,9 +37,9 @@ def bert(tokenizer, tmp_path_factory):
 
 def bart_config(vocab: int) -> BartConfig:
     return BartConfig(vocab_size=vocab, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=64,
-                      decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=None, dropout=0.0, **IDS)
+                      decoder_ffn_dim=64, max_position_embeddings=64, decoder_start_token_id=1, forced_eos_token_id=None, dropout=0.0, init_std=0.18, **IDS)
 
-POS = Probe("pos", "world:a?task=pos&n=600", {"a": "world:a?task=pos&split=test&n=200"}, steps=80)
+POS = Probe("pos", "world:a?task=pos&n=600", {"a": "world:a?task=pos&split=test&n=200"}, steps=50)
 
 def test_measures_by_hand():
     right, found = [["B-x", "I-x", "O"], ["B-y", "O"]], [["B-x", "O", "O"], ["B-y", "B-x"]]
@@ -86,7 +87,7 @@ def test_a_template_of_the_tokenizer_s_own_is_kept(tokenizer):
 @pytest.fixture(scope="module")
 def learned(bert, tmp_path_factory):
     store = tmp_path_factory.mktemp("store")
-    task = Probe("pos", POS.train, {lang: f"world:{lang}?task=pos&split=test&n=200" for lang in "ab"}, steps=80)
+    task = Probe("pos", POS.train, {lang: f"world:{lang}?task=pos&split=test&n=200" for lang in "ab"}, steps=50)
     return task, store, probe(bert, task, store)
 
 def test_tagging_beats_the_majority_and_transfers_worse(learned):
@@ -95,7 +96,7 @@ def test_tagging_beats_the_majority_and_transfers_worse(learned):
     value = rows.set_index("test").value
     assert list(rows.metric) == ["accuracy", "accuracy"] and list(rows.n) == [200, 200] and list(rows.cut) == [0, 0]
     assert value["a"] > 100 * max(words.values()) / sum(words.values()) + 20 and value["a"] > value["b"]
-    assert rows.lr[0] == pytest.approx(32 ** -1.5) and rows.steps[0] == 80 and rows.seconds[0] > 0
+    assert rows.lr[0] == pytest.approx(32 ** -1.5) and rows.steps[0] == 50 and rows.seconds[0] > 0
 
 def test_flops_are_the_ledger_s(learned, bert):
     from seqwarm.core.layout import layout
@@ -103,13 +104,13 @@ def test_flops_are_the_ledger_s(learned, bert):
     task, _, rows = learned
     data = examples(task.train); model = with_head(bert, "tags", data.labels)
     lengths = [len(x["input_ids"]) for x in encode(data, coder(probes.load_tokenizer(bert), 64), {}).inputs]
-    assert rows.flops[0] == 80 * 32 * flops(layout(model.config, "BertForTokenClassification"), round(np.mean(lengths)))
+    assert rows.flops[0] == 50 * 32 * flops(layout(model.config, "BertForTokenClassification"), round(np.mean(lengths)))
 
 def test_the_store_finds_and_tells_apart(learned, bert, monkeypatch):
     task, store, rows = learned
     monkeypatch.setattr(probes, "_rows", lambda *_: pytest.fail("done again"))
     assert probe(bert, task, store).equals(rows) and len(list(store.iterdir())) == 1
-    for other in (dict(seed=1), dict(task=Probe(**{**vars(task), "steps": 81})), dict(task=Probe(**{**vars(task), "train": "world:a?task=pos&n=601"}))):
+    for other in (dict(seed=1), dict(task=Probe(**{**vars(task), "steps": 51})), dict(task=Probe(**{**vars(task), "train": "world:a?task=pos&n=601"}))):
         with pytest.raises(pytest.fail.Exception): probe(bert, **{"task": task, "store": store, **other})
     [file] = store.iterdir(); text = file.read_text(); file.write_text(text[:50])
     with pytest.raises(pytest.fail.Exception): probe(bert, task, store)      # damaged: made anew
@@ -123,7 +124,7 @@ def test_a_seed_gives_a_number_and_leaves_the_callers_dice(learned, bert, tmp_pa
     torch.manual_seed(5); random.seed(5); np.random.seed(5)
     assert here == (torch.rand(1).item(), random.random(), np.random.rand())
     assert again.drop(columns="seconds").equals(rows.drop(columns="seconds"))
-    other = probe(bert, Probe("pos", POS.train, POS.tests, steps=80), tmp_path, seed=1)
+    other = probe(bert, POS, tmp_path, seed=1)
     assert other.value[0] != rows.value[0] and abs(other.value[0] - rows.value[0]) < 15
 
 def caught(monkeypatch) -> list:
@@ -177,9 +178,8 @@ def test_a_tiny_bart_learns_to_copy(tmp_path):
     torch.manual_seed(0)
     model = save(BartForConditionalGeneration(bart_config(len(tokenizer))), tokenizer, tmp_path/"bart")
     train, test = (jsonl(copy_rows(n, s), tmp_path/f"{s}.jsonl") for n, s in ((600, 1), (100, 2)))
-    task = Probe("copy", f"pairs:{train}?src=text&tgt=target", {"t": f"pairs:{test}?src=text&tgt=target"}, steps=250, lr=1e-2)
+    task = Probe("copy", f"pairs:{train}?src=text&tgt=target", {"t": f"pairs:{test}?src=text&tgt=target"}, steps=150)
     rows = probe(model, task, tmp_path/"store").set_index("metric")
-    print(rows)
     assert list(rows.index) == ["exact", "chrf", "bleu"] and rows.value["exact"] > 90 and rows.value["chrf"] > 95 and rows.flops["exact"] > 0
     worse = probe(model, Probe("copy", task.train, task.tests, steps=2), tmp_path/"store").set_index("metric")
     assert worse.value["exact"] < 20
@@ -197,7 +197,7 @@ def tiny(kind: str, vocab: int):
 @pytest.mark.parametrize("kind, spec", [("roberta", "world:a?task=entities"), ("roberta", "world:a?task=entailment"), ("t5 encoder", "world:a?task=pos"),
                                         ("t5 encoder", "world:a?task=topic"), ("t5", "world:a?task=parse"), ("two berts", "world:a?task=translation&to=b")])
 def test_every_kind_of_model_takes_its_tasks(tokenizer, tmp_path, kind, spec):
-    model = tiny(kind, len(tokenizer)); save(model, tokenizer, tmp_path/"model")
+    model = tiny(kind, len(tokenizer)); model.save_pretrained(tmp_path/"model"); tokenizer.save_pretrained(tmp_path/"model")   # no card: found somewhere
     rows = probe(tmp_path/"model", Probe("p", f"{spec}&n=40", {"a": f"{spec}&split=test&n=10"}, steps=2, batch=4, frozen="roberta" in kind), tmp_path/"store")
     assert np.isfinite(rows.value.astype(float)).all() and (rows.n == 10).all()
     weights = dict(model.named_parameters()); fresh = with_head(tmp_path/"model", examples(f"{spec}&n=40").kind, examples(f"{spec}&n=40").labels)
@@ -236,19 +236,18 @@ def test_a_body_that_is_not_there_is_told(tokenizer, tmp_path):
     config = json.loads((tmp_path/"m"/"config.json").read_text()); (tmp_path/"m"/"config.json").write_text(json.dumps(config | {"num_hidden_layers": 2}))
     with pytest.raises(Refusal, match="lacks bert.encoder.layer.1"): with_head(tmp_path/"m", "tags", ["x"])
 
-def test_cut_words_count_as_unanswered(bert, tmp_path):
-    task = Probe("pos", POS.train, POS.tests, steps=80)
-    rows = probe(bert, Probe(**{**vars(task), "length": 6}), tmp_path)
-    assert rows.cut[0] > 150 and rows.value[0] < probe(bert, task, tmp_path).value[0] - 20
+def test_cut_words_count_as_unanswered(bert, learned, tmp_path):
+    rows = probe(bert, Probe(**{**vars(POS), "length": 6}), tmp_path)
+    assert rows.cut[0] > 150 and rows.value[0] < learned[2].value[0] - 20
 
 @pytest.mark.skipif(not DATA.exists(), reason=f"REAL DATA IS MISSING: {DATA}")
 def test_real_data(tmp_path):
     tokenizer = train_tokenizer([r["text"] for r in examples(f"labels:{DATA}/snips/train.jsonl.gz?text=tokens&label=intent").rows], 1000)
     torch.manual_seed(0)
     model = save(BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), **ENCODER)), tokenizer, tmp_path/"bert")
-    snips = lambda split, n: f"{DATA}/snips/{split}.jsonl.gz?n={n}"
-    slots = probe(model, Probe("slots", f"tags:{snips('train', 2000)}&labels=slots", {"en": f"tags:{snips('test', 300)}&labels=slots"}, steps=120), tmp_path/"s")
-    intent = probe(model, Probe("intent", f"labels:{snips('train', 2000)}&text=tokens&label=intent", {"en": f"labels:{snips('test', 300)}&text=tokens&label=intent"},
-                                steps=100), tmp_path/"s")
-    print(slots, intent)
-    assert slots.metric[0] == "f1" and slots.value[0] > 15 and intent.value[0] > 60      # of 100; the most frequent intent has 17
+    snips, ud = f"tags:{DATA}/snips/%s.jsonl.gz?labels=slots&n=%d", f"tags:{DATA}/ud/%s.jsonl.gz?labels=upos&n=%d"
+    slots = probe(model, Probe("slots", snips % ("train", 2000), {"en": snips % ("test", 300)}, steps=80), tmp_path/"store")
+    assert slots.metric[0] == "f1" and slots.value[0] > 5
+    tests = {lang: ud % (f"{name}.test", 100) for lang, name in (("en", "en_ewt"), ("de", "de_gsd"))}
+    upos = probe(model, Probe("upos", ud % ("en_ewt.train", 500), tests, steps=40, batch=16), tmp_path/"store").set_index("test")
+    assert upos.value["en"] > upos.value["de"] > 10 and upos.metric["de"] == "accuracy"

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['METRICS', 'score', 'Probe', 'probe']
 
-# %% ../../nbs/core/90_probes.ipynb #8453eacd
-import json, random, tempfile, time
+# %% ../../nbs/core/90_probes.ipynb #15c69911
+import json, random, tempfile, time, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -109,7 +109,7 @@ def _check(task: Probe, train: Examples, others: Mapping[str, Examples]) -> tupl
             f"{len(new)} of {len(given)} labels in {name} do not occur in {train.spec} (such as {new[0]!r})", "learn from the same labels")
     return task.metrics or usual
 
-# %% ../../nbs/core/90_probes.ipynb #826823cd
+# %% ../../nbs/core/90_probes.ipynb #42c3f01b
 class _Trainer(transformers.Trainer):
     "Shows a bar, and lets sleep what sleeps."
     def compute_loss(self, model, inputs, **options):
@@ -131,7 +131,9 @@ def _train(model: torch.nn.Module, inputs: list[dict], collate: Callable, task: 
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.bar, trainer.sleeps = bar, task.frozen
         began = time.perf_counter()
-        loss = trainer.train().training_loss
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Version v4.12.0", FutureWarning)   # EncoderDecoderModel, at each start
+            loss = trainer.train().training_loss
     if not np.isfinite(loss): raise Refusal(f"the loss of the probe {task.name} became {loss} (learning rate {rate:.2g})", "lower it")
     return time.perf_counter() - began
 
