@@ -1,5 +1,5 @@
 """Staged unfreezing: what sleeps does not move, drop, keep or weigh anything; a run is the same whenever it is killed; kept outputs are the encoder's."""
-import json, os, random, subprocess, sys
+import gc, json, os, random, subprocess, sys
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,8 +27,9 @@ SCRIPT, ENCODER = Path(train_seq2seq.__file__), ("encoder/", "embed.token")
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     threads = torch.get_num_threads(); torch.set_num_threads(1)
+    gc.collect(); gc.freeze()   # accelerate collects after every stage, and what was imported need not be looked at each time
     yield tmp_path_factory.mktemp("unfreeze")
-    torch.set_num_threads(threads)
+    gc.unfreeze(); torch.set_num_threads(threads)
 
 @pytest.fixture(scope="module")
 def given(folder): return train_seq2seq.given(str(folder))
