@@ -1,11 +1,11 @@
 """A small seq2seq training, and processes of their own that run it: killed one after the other, or as two ranks.
 
-    python train_seq2seq.py killed FOLDER STORE SECONDS...     each after so many seconds, counted from its first step
+    python train_seq2seq.py killed FOLDER STORE STEPS...     each somewhere in the step that is its so-manieth
     python train_seq2seq.py ranks FOLDER STORE PORT
 
 The processes are forked from one that has imported everything and computed nothing.
 """
-import os, signal, sys, time
+import gc, os, random, signal, sys, time
 from pathlib import Path
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
@@ -47,15 +47,17 @@ def forked(work) -> int:
     try: work(); code = 0
     finally: os._exit(code)
 
-def killed(folder: str, store: str, *seconds: str) -> None:
-    "Kill process after process; prints the signal that each died of (0: it was through)."
-    update = _Loop.update
-    for wait in seconds:
+def killed(folder: str, store: str, *steps: str) -> None:
+    "Kill process after process, at step 0 before it takes one; prints the signal that each died of (0: it was through)."
+    update, rng = _Loop.update, random.Random(1)
+    for n in map(int, steps):
         out, into = os.pipe()
         def slow(self, *args, into=into): time.sleep(0.08); os.write(into, b"."); return update(self, *args)
         _Loop.update = slow
         pid = forked(lambda: main(folder, store, 0.1))
-        os.close(into); os.read(out, 1); time.sleep(float(wait)); os.kill(pid, signal.SIGKILL); os.close(out)
+        os.close(into)
+        for _ in range(n): os.read(out, 1)
+        time.sleep(rng.uniform(0, 0.1)); os.kill(pid, signal.SIGKILL); os.close(out)
         print(os.waitpid(pid, 0)[1] & 127)
 
 def ranks(folder: str, store: str, port: str) -> None:
@@ -67,4 +69,6 @@ def ranks(folder: str, store: str, port: str) -> None:
     pids = [forked(lambda i=i: rank(i)) for i in range(2)]
     sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
 
-if __name__ == "__main__": {"killed": killed, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])
+if __name__ == "__main__":
+    gc.collect(); gc.freeze()   # accelerate collects after every stage
+    {"killed": killed, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])
