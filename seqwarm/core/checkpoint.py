@@ -52,11 +52,11 @@ def _header(path: Path) -> dict[str, dict]:
     if size != end: raise Refusal(f"{path} is damaged: it has {size} bytes and should have {end}", _AGAIN)
     return head
 
-# %% ../../nbs/core/20_checkpoint.ipynb #0b9d6b31
+# %% ../../nbs/core/20_checkpoint.ipynb #a12590b7
 _WEIGHTS, _INDEX, _PICKLED = "model.safetensors", "model.safetensors.index.json", ("*.bin", "*.pt", "*.pth", "*.ckpt")
 _WANTED = ["model*.safetensors", _INDEX, "config.json", "generation_config.json", "seqwarm.json", "plan.json", "plan.safetensors",
-           "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model", "chat_template*",
-           "adapter_config.json"]
+           "origin.safetensors", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "*.model",
+           "chat_template*", "adapter_config.json"]
 
 def _json(path: Path) -> Any:
     try: found = json.loads(path.read_text(encoding="utf-8"))
