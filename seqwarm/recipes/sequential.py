@@ -105,21 +105,21 @@ def _probe(task: str, p: SimpleNamespace) -> Probe:
     tests = {lang: spec(lang, "&split=test") for lang in (langs[:1] if into else langs)}
     return Probe(task, spec(langs[0], f"&n={p.examples}"), tests, steps=p.probe_steps)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #384b1bdf
+# %% ../../nbs/recipes/20_sequential.ipynb #0f00b757
 def _encoder(p: SimpleNamespace, text: Text, seed: int) -> BertForMaskedLM:
     torch.manual_seed(seed)
     ids = {f"{role}_token_id": getattr(text.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     return BertForMaskedLM(BertConfig(
         vocab_size=len(text.tokenizer), hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
         intermediate_size=4*p.width, max_position_embeddings=p.length + 8, type_vocab_size=1, layer_norm_eps=1e-5,
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **ids))
+        initializer_range=p.width**-0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **ids))
 
 def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> BartForConditionalGeneration:
     torch.manual_seed(seed)
     ids = {f"{role}_token_id": getattr(text.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", p.heads), ("ffn_dim", 4*p.width))}
     return BartForConditionalGeneration(BartConfig(
-        vocab_size=len(text.tokenizer), d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=0.02,
+        vocab_size=len(text.tokenizer), d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5,
         max_position_embeddings=p.length + 8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
         decoder_start_token_id=ids["eos_token_id"], forced_eos_token_id=None, **sides, **ids))
 
