@@ -148,7 +148,7 @@ def test_config_in_a_file_states_only_what_differs(tmp_path):
 def test_it_is_not_packed():
     m = make(WHOLE, PAIRS["bert"]); one = np.array([[5, 6, 7]])
     assert not family("encoder-decoder").packs
-    with pytest.raises(Refusal, match="cannot keep packed documents apart"):
+    with pytest.raises(Refusal, match="reads one text and writes another"):
         _inputs(Packed(one, one*0, one - 5, np.array([0])), one, one, m.config, False)
     mask = torch.ones(1, 1, 6, 6, dtype=torch.bool)
     with pytest.raises(RuntimeError): m(input_ids=torch.arange(5, 11)[None], attention_mask=mask, decoder_input_ids=torch.arange(4)[None])
