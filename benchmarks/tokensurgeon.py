@@ -20,10 +20,11 @@ from transformers.utils import logging as hf_logging
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.errors import Refusal
 from seqwarm.core.record import environment
-from seqwarm.core.train import Stage, train
 from seqwarm.core.overlap import overlap
+from seqwarm.core.text import Text
+from seqwarm.core.train import Stage, train
 from seqwarm.core.vocab import load_tokenizer
-from seqwarm.recipes.clp import Language, existing, sized
+from seqwarm.recipes.clp import existing, sized
 
 THEIRS = ["omp", "omp -k 8", "omp -k 2", "common_interpolation -c -k 8", "landmark_pca", "subword"]   # omp is their default, at k=64
 OURS = ["lstsq", "softmax", "guarded"]
@@ -116,7 +117,7 @@ def toys(store: Path, seed: int) -> tuple[Path, Path, str]:
     "Two small trained models of the toy world, and the corpus of the second one's language."
     texts = dict(source_text="world:a", target_text="world:b", source_valid=None, target_valid=None, match="exact", wake=0)
     p = sized("demo", seeds=[seed], heads=4, **texts)
-    both = existing(p, store, Language(p.source_text, None, p), Language(p.target_text, None, p), seed, {})
+    both = existing(p, store, *(Text(spec, None, p.length, p.vocab) for spec in (p.source_text, p.target_text)), seed, {})
     return both["source"].path, both["helper"].path, p.target_text
 
 def wide(folder: Path, rows: int, shared: int, source: int, helper: int, layers: int) -> tuple[Path, Path]:
