@@ -1,5 +1,5 @@
 """Grafts and what comes out of them, against transformers' own forward, initialisation and loading, on tiny models whose every number matters."""
-import json, os, shutil
+import json, shutil
 import pytest, torch, transformers as hf
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models
@@ -24,12 +24,7 @@ ENCODERS = {   # config, how its classes begin, what differs from SIZES
     "modernbert": (hf.ModernBertConfig, "ModernBert", dict(pad_token_id=1, cls_token_id=0, sep_token_id=2, global_attn_every_n_layers=2, local_attention=4, attn_implementation="eager"))}
 EXACT = [k for k in ENCODERS if k.split(",")[0] in NATIVE and "narrow" not in k]
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    "Nothing here has to outlive a power cut: files are not waited for."
-    with pytest.MonkeyPatch.context() as m:
-        for call in ("fsync", "fdatasync"): m.setattr(os, call, lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 def random(model: torch.nn.Module) -> torch.nn.Module:
     "No number is left that is zero, one or small by its first draw."

@@ -16,12 +16,7 @@ logging.set_verbosity_error(); logging.disable_progress_bar()
 TEXT = ["the moon is up and the wood is black and still"]*4
 ENV = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "HF_HUB_OFFLINE": "1"}
 
-@pytest.fixture(autouse=True, scope="module")
-def quick():
-    "Nothing here has to outlive a power cut: files are not waited for."
-    with pytest.MonkeyPatch.context() as m:
-        for call in ("fsync", "fdatasync"): m.setattr(os, call, lambda fd: None)
-        yield
+pytestmark = pytest.mark.usefixtures("quick")
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):

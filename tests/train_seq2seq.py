@@ -6,24 +6,12 @@
 The processes are forked from one that has imported everything and computed nothing.
 """
 import gc, os, random, signal, sys, time
-from pathlib import Path
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
-from seqwarm.core.corpus import Corpus
 from seqwarm.core.layout import layout
 from seqwarm.core.train import _Loop, train
-from seqwarm.core.vocab import train_tokenizer
 from seqwarm.methods.unfreeze import frozen_then
-
-def given(folder: str) -> dict:
-    "Tokenizer and texts."
-    os.environ["SEQWARM_CACHE"] = f"{folder}/cache"
-    torch.set_num_threads(1)
-    text = Path(folder)/"text.txt"
-    if not text.exists(): text.write_text("\n".join(f"{a} and {b} are {a + b} , not {a * b}" for a in range(30) for b in range(30)))
-    tokenizer = train_tokenizer(text.read_text().splitlines(), 300)
-    corpus, valid = (Corpus(f"text:{text}", tokenizer, 16, split) for split in ("train", "valid"))
-    return dict(tokenizer=tokenizer, corpus=corpus, valid=valid)
+from train_small import given
 
 def model(tokenizer, dropout: float = 0.0) -> BartForConditionalGeneration:
     "Two and two layers, 16 wide."

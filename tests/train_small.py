@@ -10,13 +10,18 @@ from seqwarm.core.corpus import Corpus
 from seqwarm.core.train import Stage, _Loop, train
 from seqwarm.core.vocab import train_tokenizer
 
-def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
+def given(folder: str) -> dict:
+    "Tokenizer and texts."
     os.environ["SEQWARM_CACHE"] = f"{folder}/cache"
     torch.set_num_threads(1)
     text = Path(folder)/"text.txt"
     if not text.exists(): text.write_text("\n".join(f"{a} and {b} are {a + b} , not {a * b}" for a in range(30) for b in range(30)))
     tokenizer = train_tokenizer(text.read_text().splitlines(), 300)
     corpus, valid = (Corpus(f"text:{text}", tokenizer, 16, split) for split in ("train", "valid"))
+    return dict(tokenizer=tokenizer, corpus=corpus, valid=valid)
+
+def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
+    data = given(folder); tokenizer = data["tokenizer"]
     torch.manual_seed(0)
     model = GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=dropout, embd_pdrop=dropout,
                                        attn_pdrop=dropout, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id))
@@ -24,6 +29,6 @@ def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
         update = _Loop.update
         def slow(self, *args): time.sleep(stall); print("step", flush=True); return update(self, *args)
         _Loop.update = slow
-    return train(model, tokenizer, corpus, valid, [Stage(steps=20, frozen=("ffn",)), Stage(steps=40, lr=2e-3)], store, batch=4, every=7, save_every=5, sequences=4)
+    return train(model, stages=[Stage(steps=20, frozen=("ffn",)), Stage(steps=40, lr=2e-3)], store=store, **data, batch=4, every=7, save_every=5, sequences=4)
 
 if __name__ == "__main__": main(*sys.argv[1:3], *map(float, sys.argv[3:]))

@@ -68,7 +68,7 @@ def _notebooks(out: Annotated[Path, typer.Argument(help="A new folder.")]) -> No
         for path in recipes().values(): shutil.copy(path, tmp)
     print(f"{len(recipes())} notebooks in {out}; a changed one runs by its path: seqwarm run {out}/NOTEBOOK.ipynb")
 
-# %% ../../nbs/batch/40_cli.ipynb #9157428a
+# %% ../../nbs/batch/40_cli.ipynb #4a2f2927
 _METHODS = "random, overlap, mean, fvt, wechsel, clp, guarded, clp+, softmax, lstsq, procrustes"   # without importing torch
 
 @app.command("clp")
@@ -91,11 +91,7 @@ def _clp(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The large
          seed: Annotated[int, typer.Option(help="Of random rows.")] = 0,
          dry_run: Annotated[bool, typer.Option("--dry-run", help="Print plan and report, and write nothing.")] = False) -> None:
     "Write a large model of one language with the vocabulary of another (CLP-Transfer)."
-    for who, what in (("source", source), ("helper", helper)):
-        if not what.strip(): raise Refusal(f"the name of the {who} is empty", "give a checkpoint's folder, or a name on the hub")
-    if out is None and not dry_run: raise Refusal("no folder is named to write to", "add OUT, or --dry-run")
-    if out is not None: _place(out)
-    _say(f"reading {source} and {helper}")
+    _ready({"source": source, "helper": helper}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
     from seqwarm.methods.transfer import transfer
     options = {k: v for k, v in dict(top_k=top_k, temperature=temperature, ridge=ridge).items() if v is not None}
@@ -126,7 +122,7 @@ def _say(what: str) -> None:
     "What is being done, for those who wait at a terminal."
     if sys.stderr.isatty(): print(f"seqwarm: {what} ...", file=sys.stderr, flush=True)
 
-# %% ../../nbs/batch/40_cli.ipynb #58febe0e
+# %% ../../nbs/batch/40_cli.ipynb #9684b913
 @app.command("graft")
 def _graft(encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="An encoder: a checkpoint's folder, or a name on the hub.")],
            out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the seq2seq model.")] = None,
@@ -139,16 +135,12 @@ def _graft(encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="An en
            seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False) -> None:
     "Write a seq2seq model around an encoder, with a new decoder."
-    _ready("encoder", encoder, out, dry_run)
+    _ready({"encoder": encoder}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
-    from seqwarm.methods.graft import carry_out, graft, told
+    from seqwarm.methods.graft import graft
     source = Checkpoint(encoder, architecture)
     plan = graft(source, family, decoder, decoder_layers, cross, seed)
-    _show(told(plan))
-    if dry_run: return
-    _say(f"writing {out}")
-    carry_out(plan, source, out)
-    _show([f"written to {out}"])
+    _carry_out(plan, source, out, dry_run)
 
 @app.command("extract")
 def _extract(seq2seq: Annotated[str, typer.Argument(metavar="SEQ2SEQ", help="A seq2seq model: a folder, or a name on the hub.")],
@@ -157,24 +149,30 @@ def _extract(seq2seq: Annotated[str, typer.Argument(metavar="SEQ2SEQ", help="A s
              architecture: Annotated[str | None, typer.Option(help="Class of the model, if its config names none, or another.")] = None,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False) -> None:
     "Write the encoder of a seq2seq model: the one that was grafted, or a plain one."
-    _ready("seq2seq model", seq2seq, out, dry_run)
+    _ready({"seq2seq model": seq2seq}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
-    from seqwarm.methods.graft import carry_out, extract, told
+    from seqwarm.methods.graft import extract
     source = Checkpoint(seq2seq, architecture)
     plan = extract(source, origin)
+    _carry_out(plan, source, out, dry_run, origin)
+
+# %% ../../nbs/batch/40_cli.ipynb #622a1436
+def _carry_out(plan, source, out: str | None, dry_run: bool, origin: str | None = None) -> None:
+    "Tell what a graft or an extraction will do, and do it."
+    from seqwarm.methods.graft import carry_out, told
     _show(told(plan))
     if dry_run: return
     _say(f"writing {out}")
     carry_out(plan, source, out, origin)
     _show([f"written to {out}"])
 
-# %% ../../nbs/batch/40_cli.ipynb #00df2f63
-def _ready(who: str, what: str, out: str | None, dry_run: bool) -> None:
+def _ready(models: dict[str, str], out: str | None, dry_run: bool) -> None:
     "Refuse at once what can be, before torch is loaded and anything read."
-    if not what.strip(): raise Refusal(f"the name of the {who} is empty", "give a checkpoint's folder, or a name on the hub")
+    for who, what in models.items():
+        if not what.strip(): raise Refusal(f"the name of the {who} is empty", "give a checkpoint's folder, or a name on the hub")
     if out is None and not dry_run: raise Refusal("no folder is named to write to", "add OUT, or --dry-run")
     if out is not None: _place(out)
-    _say(f"reading {what}")
+    _say(f"reading {' and '.join(models.values())}")
 
 # %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")

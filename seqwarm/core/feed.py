@@ -25,7 +25,7 @@ from .objectives import Draws, objective, shape
 from .stages import Stage
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/78_feed.ipynb #fcf55253
+# %% ../../nbs/core/78_feed.ipynb #056a2ae9
 def _cut(value, parts: int) -> list:
     "A tensor in parts along its first axis; several masks by name, cut together."
     if torch.is_tensor(value): return list(value.chunk(parts))
@@ -55,7 +55,7 @@ class Feed:
         if self.kept is not None:
             del inputs["input_ids"]
             inputs["encoder_outputs"] = torch.from_numpy(self.kept[step - self.begin]).float()
-        inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items() if v is not None}
+        inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
         return [dict(zip(inputs, part)) for part in zip(*(_cut(v, self.accumulate) for v in inputs.values()))]
 
 # %% ../../nbs/core/78_feed.ipynb #7b2fc490

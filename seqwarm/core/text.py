@@ -22,7 +22,7 @@ def with_words(spec: str,      # corpus string
         return str(s) if own else str(replace(s, options=s.options | {"words": str(words)}))
     return " + ".join(map(sized, parse(spec)))
 
-# %% ../../nbs/core/54_text.ipynb #aa434292
+# %% ../../nbs/core/54_text.ipynb #16590173
 _DOCUMENTS = 20_000   # that a tokenizer is trained on, of each part of a corpus string
 
 class Text:
@@ -37,3 +37,8 @@ class Text:
         self.tokenizer = tokenizer or train_tokenizer(first, vocab, extra=list(extra))
         self.train = Corpus(spec, self.tokenizer, length)
         self.valid = Corpus(valid or spec, self.tokenizer, length, "all" if valid else "valid")
+
+    @property
+    def ids(self) -> dict[str, int | None]:
+        "What a model's config has to know: bos_token_id, eos_token_id and pad_token_id."
+        return {f"{role}_token_id": getattr(self.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}

@@ -34,10 +34,10 @@ from .stages import Chain, Stage, asleep, chains, hand_over, optimizer
 from .vocab import tokenizer_fingerprint
 from .write import save
 
-# %% ../../nbs/core/80_train.ipynb #58d68105
+# %% ../../nbs/core/80_train.ipynb #440a6a50
 def _nll(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "Sum over the asked positions of -log p(label), in nats, float32."
-    given = {k: v for k, v in inputs.items() if k != "labels" and v is not None}
+    given = {k: v for k, v in inputs.items() if k != "labels"}
     if "encoder_outputs" in given: given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"])
     if "decoder_input_ids" in given: given["use_cache"] = False   # nothing is generated
     return F.cross_entropy(model(**given).logits.flatten(0, 1).float(), inputs["labels"].flatten(), reduction="sum")
@@ -56,8 +56,7 @@ def evaluate(model: torch.nn.Module, corpus: Corpus,
     config, total = acc.unwrap_model(model).config, torch.zeros(2, dtype=torch.float64, device=acc.device)
     for first in range(acc.process_index * batch, sequences, acc.num_processes * batch):
         packed = corpus.sample(np.arange(first, min(first + batch, sequences)))
-        asked = ask(packed, Draws(0, 0, packed.samples), config, tokenizer)
-        inputs = {k: v.to(acc.device) for k, v in asked.items() if v is not None}
+        inputs = {k: v.to(acc.device) for k, v in ask(packed, Draws(0, 0, packed.samples), config, tokenizer).items()}
         with acc.autocast(): nll = _nll(model, inputs)
         total += torch.stack([nll, (inputs["labels"] != -100).sum()]).double()
     model.train(was)

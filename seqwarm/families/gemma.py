@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['FAMILY']
 
-# %% ../../nbs/families/22_gemma.ipynb #27d5d2a2
+# %% ../../nbs/families/22_gemma.ipynb #8eb3d03c
 from ..core.layout import Family
-from .llama import _ATTN, _FFN
+from .llama import _ATTN, _FFN, _QK
 
 # %% ../../nbs/families/22_gemma.ipynb #73195023
 def _read(c: dict) -> dict:
@@ -18,13 +18,12 @@ def _read(c: dict) -> dict:
                 ffn=c["intermediate_size"], layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias,
                 qk_norm=c["model_type"] == "gemma3_text")
 
-# %% ../../nbs/families/22_gemma.ipynb #c3ca7225
+# %% ../../nbs/families/22_gemma.ipynb #2af641e0
 FAMILY = Family("gemma", {"gemma2": "Gemma2", "gemma3_text": "Gemma3 Gemma3Text"}, prefix="model", norm="both", read=_read,
     parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb(?:_local)?\.inv_freq", table=f"""
     .embed_tokens.weight                             embed.token      vocab hidden
     {_ATTN}
-    .layers.{{L}}.self_attn.q_norm.weight              attn.q_norm      head                if qk_norm
-    .layers.{{L}}.self_attn.k_norm.weight              attn.k_norm      head                if qk_norm
+    {_QK}
     {_FFN}
     .layers.{{L}}.input_layernorm.weight               attn.norm        hidden
     .layers.{{L}}.post_attention_layernorm.weight      attn.norm.out    hidden

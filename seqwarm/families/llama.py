@@ -18,7 +18,7 @@ def _read(c: dict) -> dict:
                 layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, qk_norm=kind == "qwen3",
                 mlp_bias=bool(c.get("mlp_bias")) and kind == "llama")
 
-# %% ../../nbs/families/20_llama.ipynb #6caea374
+# %% ../../nbs/families/20_llama.ipynb #d644e207
 _ATTN = """
     .layers.{L}.self_attn.q_proj.weight            attn.q          heads < hidden
     .layers.{L}.self_attn.q_proj.bias              attn.q.bias     heads              if qkv_bias
@@ -29,6 +29,11 @@ _ATTN = """
     .layers.{L}.self_attn.o_proj.weight            attn.o          hidden < heads
     .layers.{L}.self_attn.o_proj.bias              attn.o.bias     hidden             if o_bias
 """   # also of other models in Llama's style
+
+_QK = """
+    .layers.{L}.self_attn.q_norm.weight            attn.q_norm     head               if qk_norm
+    .layers.{L}.self_attn.k_norm.weight            attn.k_norm     head               if qk_norm
+"""
 
 _FFN = """
     .layers.{L}.mlp.gate_proj.weight               ffn.gate        ffn < hidden
@@ -43,8 +48,7 @@ FAMILY = Family("llama", {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen
     read=_read, parts={"ForCausalLM": "head", "Model": ""}, strays=r"rotary_emb\.inv_freq", table=f"""
     .embed_tokens.weight                           embed.token     vocab hidden
     {_ATTN}
-    .layers.{{L}}.self_attn.q_norm.weight            attn.q_norm     head               if qk_norm
-    .layers.{{L}}.self_attn.k_norm.weight            attn.k_norm     head               if qk_norm
+    {_QK}
     {_FFN}
     .layers.{{L}}.input_layernorm.weight             attn.norm       hidden
     .layers.{{L}}.post_attention_layernorm.weight    ffn.norm        hidden

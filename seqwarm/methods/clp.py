@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['clp', 'fit']
 
-# %% ../../nbs/methods/10_clp.ipynb #0905d4c0
+# %% ../../nbs/methods/10_clp.ipynb #6e300f1f
 from pathlib import Path
 from typing import Any
 import torch
@@ -14,7 +14,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.errors import Refusal, number, unknown
 from ..core.overlap import Overlap, overlap, spell
 from ..core.plan import Plan, Row, operation
-from ..core.vocab import load_tokenizer
+from ..core.vocab import hand_out, load_tokenizer
 from .embed import METHODS
 from .wechsel import wechsel
 
@@ -151,12 +151,11 @@ def clp(source: Checkpoint,              # the large model of the other language
     return Plan("clp", config, source.architecture, [row(n, source.layout.tensors[n]) for n in source.names], arrays, about,
                 {"helper:*": "the helper speaks through its token embeddings only"}, seed, generation, list(source.untied), notes=notes)
 
-# %% ../../nbs/methods/10_clp.ipynb #a8f36684
+# %% ../../nbs/methods/10_clp.ipynb #6817c5d7
 def fit(tokenizer: Any,      # the helper's, changed here
         source: Any,         # the source's tokenizer
         ) -> Any:            # the same, to be saved with the new model
     "Let a tokenizer hand out what the source's body takes, and no longer texts."
     names = [n for n in tokenizer.model_input_names if n in source.model_input_names]
     tokenizer.model_max_length = source.model_max_length
-    tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
-    return tokenizer
+    return hand_out(tokenizer, names)

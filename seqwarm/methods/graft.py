@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['NATIVE', 'graft', 'Origin', 'extract', 'carry_out', 'told']
 
-# %% ../../nbs/methods/20_graft.ipynb #b0aa5773
+# %% ../../nbs/methods/20_graft.ipynb #fa041bb2
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..core.files import room
 from ..core.layout import Layout, layout
 from ..core.layout import family as table
 from ..core.plan import Plan, Row, operation
-from ..core.vocab import _FILES, load_tokenizer
+from ..core.vocab import _FILES, hand_out, load_tokenizer
 from ..core.write import write
 from .decoder import _T5, _blocks, _decoder_row, _depth, _drawn
 
@@ -285,7 +285,7 @@ def _origin(seq2seq: Checkpoint, origin: str | Path | None) -> Origin | None:
     if origin is None and not (seq2seq.path/_ORIGIN).exists(): return None
     return Origin(origin if origin is not None else seq2seq.path, seq2seq.dtype(seq2seq.layout.one("embed.token").name))
 
-# %% ../../nbs/methods/20_graft.ipynb #c6c4d8d1
+# %% ../../nbs/methods/20_graft.ipynb #2284c6d9
 def carry_out(plan: Plan,                        # of `graft` or `extract`
               checkpoint: Checkpoint,            # what it was made for
               out: str | Path,                   # the new folder
@@ -304,8 +304,7 @@ def carry_out(plan: Plan,                        # of `graft` or `extract`
 
 def _handing(tokenizer: Any, inputs: list[str] | None) -> Any:
     "A tokenizer that hands out these inputs: BART has no room for token types, and would refuse them."
-    if tokenizer and inputs: tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = inputs
-    return tokenizer
+    return hand_out(tokenizer, inputs) if tokenizer and inputs else tokenizer
 
 # %% ../../nbs/methods/20_graft.ipynb #95b5b174
 def told(plan: Plan) -> list[str]:   # of `graft` or `extract`

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #d80e6b87
+# %% ../../nbs/recipes/10_clp.ipynb #fe62985d
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
 from ..core.errors import Refusal, number, unknown
@@ -75,15 +75,14 @@ def _check(p: SimpleNamespace) -> None:
     if p.match not in ("exact", "canonical"): raise unknown("way of matching", p.match, ["exact", "canonical"])
     if p.source_text == p.target_text: raise Refusal(f"source and target are both {p.source_text}", "name two languages")
 
-# %% ../../nbs/recipes/10_clp.ipynb #791f39b0
-def _language_model(p: SimpleNamespace, tokenizer: PreTrainedTokenizerFast, width: int, layers: int, seed: int) -> GPT2LMHeadModel:
+# %% ../../nbs/recipes/10_clp.ipynb #99222648
+def _language_model(p: SimpleNamespace, lang: Text, width: int, layers: int, seed: int) -> GPT2LMHeadModel:
     "A fresh GPT-2 of the given size, without dropout (each token is seen once or a few times)."
     torch.manual_seed(seed)
-    ids = {f"{role}_token_id": getattr(tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
-    return GPT2LMHeadModel(GPT2Config(vocab_size=len(tokenizer), n_positions=p.length, n_embd=width, n_layer=layers, n_head=p.heads,
-                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **ids))
+    return GPT2LMHeadModel(GPT2Config(vocab_size=len(lang.tokenizer), n_positions=p.length, n_embd=width, n_layer=layers, n_head=p.heads,
+                                      resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **lang.ids))
 
-# %% ../../nbs/recipes/10_clp.ipynb #8b50609e
+# %% ../../nbs/recipes/10_clp.ipynb #e54fb940
 def _given(p: SimpleNamespace) -> dict[str, Checkpoint]:
     "Source and helper, as far as they are named by the parameters."
     models = {name: Checkpoint(where) for name in ("source", "helper") if (where := getattr(p, name))}
@@ -104,7 +103,7 @@ def existing(p: SimpleNamespace, store: Path, a: Text | None, b: Text, seed: int
     "Source (language a, the target's size) and helper (language b, small): those that are given, the others trained."
     sizes = dict(source=(a, p.width, p.layers, p.source_steps), helper=(b, p.helper_width, p.helper_layers, p.helper_steps))
     def made(name, lang, width, layers, steps):
-        model = _language_model(p, lang.tokenizer, width, layers, seed)
+        model = _language_model(p, lang, width, layers, seed)
         return Checkpoint(_pretrain(p, store, lang, model, f"{name} {seed}", [Stage(steps, p.rates[len(p.rates) // 2])], seed).path)
     return {name: models.get(name) or made(name, *size) for name, size in sizes.items()}
 
@@ -119,14 +118,14 @@ def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
             write(plan, sources, out, fit(*(load_tokenizer(sources[x].path) for x in ("helper", "source"))), card)
     return Checkpoint(out)
 
-# %% ../../nbs/recipes/10_clp.ipynb #b12e513c
+# %% ../../nbs/recipes/10_clp.ipynb #b8baba22
 def _scratch(p: SimpleNamespace, store: Path, b: Text, stage: Stage, seed: int, like: Plan) -> Trained:
     "The reference: the target's size, random weights."
     torch.manual_seed(seed)
     if p.source:
         config = CONFIG_MAPPING[like.config["model_type"]].from_dict(like.config)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    else: model = _language_model(p, b.tokenizer, p.width, p.layers, seed)
+    else: model = _language_model(p, b, p.width, p.layers, seed)
     return _pretrain(p, store, b, model, f"scratch {seed} (lr {stage.lr:g})", [stage], seed)
 
 def _best_stage(p: SimpleNamespace, store: Path, b: Text, steps: int, like: Plan) -> Stage:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #707dd8cf
+# %% ../../nbs/recipes/20_sequential.ipynb #a579d086
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ from transformers import BertForMaskedLM, PreTrainedModel
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
 from ..core.errors import Refusal, number, unknown
+from ..core.examples import TASKS
 from ..core.examples import examples as labelled
 from ..core.files import fingerprint
 from ..core.ledger import Cost, lineage
@@ -83,9 +84,7 @@ def _check(p: SimpleNamespace) -> None:
     objective(_mlm(p))
     for task in p.tasks: _probe(task, p)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #00993998
-_WORLD = ("pos", "entities", "topic", "entailment", "parse", "translation")
-
+# %% ../../nbs/recipes/20_sequential.ipynb #5e13bf23
 def _mlm(p: SimpleNamespace) -> str: return f"mlm?rows=whole&rate={p.mask_rate:g}"
 
 def _probe(task: str, p: SimpleNamespace) -> Probe:
@@ -96,7 +95,7 @@ def _probe(task: str, p: SimpleNamespace) -> Probe:
         named = dict(t.split("=", 1) for t in tests.split(", ") if "=" in t.split(":")[0])
         if not arrow or not named: raise Refusal(f"the task {task!r} says not what it is tested on", "write NAME: TRAIN -> LANG=TEST")
         return Probe(name, train_on, named, steps=p.probe_steps)
-    if task not in _WORLD: raise unknown("task of the toy world", task, _WORLD)
+    if task not in TASKS: raise unknown("task of the toy world", task, TASKS)
     langs = [s.place for s in parse(p.text) if s.scheme == "world"]
     if not langs: raise Refusal(f"the task {task} is one of the toy world, and the text is not", "write NAME: TRAIN -> LANG=TEST")
     into = f"&to={langs[-1]}" if task == "translation" else ""
@@ -105,23 +104,21 @@ def _probe(task: str, p: SimpleNamespace) -> Probe:
     tests = {lang: spec(lang, "&split=test") for lang in (langs[:1] if into else langs)}
     return Probe(task, spec(langs[0], f"&n={p.examples}"), tests, steps=p.probe_steps)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #0f00b757
+# %% ../../nbs/recipes/20_sequential.ipynb #0f0c48d1
 def _encoder(p: SimpleNamespace, text: Text, seed: int) -> BertForMaskedLM:
     torch.manual_seed(seed)
-    ids = {f"{role}_token_id": getattr(text.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     return BertForMaskedLM(BertConfig(
         vocab_size=len(text.tokenizer), hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
         intermediate_size=4*p.width, max_position_embeddings=p.length + 8, type_vocab_size=1, layer_norm_eps=1e-5,
-        initializer_range=p.width**-0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **ids))
+        initializer_range=p.width**-0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **text.ids))
 
 def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> BartForConditionalGeneration:
     torch.manual_seed(seed)
-    ids = {f"{role}_token_id": getattr(text.tokenizer, f"{role}_token_id") for role in ("bos", "eos", "pad")}
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", p.heads), ("ffn_dim", 4*p.width))}
     return BartForConditionalGeneration(BartConfig(
         vocab_size=len(text.tokenizer), d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5,
         max_position_embeddings=p.length + 8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
-        decoder_start_token_id=ids["eos_token_id"], forced_eos_token_id=None, **sides, **ids))
+        decoder_start_token_id=text.ids["eos_token_id"], forced_eos_token_id=None, **sides, **text.ids))
 
 # %% ../../nbs/recipes/20_sequential.ipynb #f36ae625
 class Models:
