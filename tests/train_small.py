@@ -29,6 +29,6 @@ def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
         update = _Loop.update
         def slow(self, *args): time.sleep(stall); print("step", flush=True); return update(self, *args)
         _Loop.update = slow
-    return train(model, stages=[Stage(steps=20, frozen=("ffn",)), Stage(steps=40, lr=2e-3)], store=store, **data, batch=4, every=7, save_every=5, sequences=4)
+    return train(model, *data.values(), [Stage(steps=20, frozen=("ffn",)), Stage(steps=40, lr=2e-3)], store, batch=4, every=7, save_every=5, sequences=4)
 
 if __name__ == "__main__": main(*sys.argv[1:3], *map(float, sys.argv[3:]))
