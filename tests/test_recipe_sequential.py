@@ -9,7 +9,7 @@ from seqwarm.core.errors import Refusal
 from seqwarm.core.text import Text
 from seqwarm.recipes.sequential import Models, claims_of, measure, pairs, shortfall, sized
 
-WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, rate=2e-3, mask_rate=0.15, embeddings="sleep", family=None, two_steps=None)
+WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, rate=2e-3, mask_rate=0.15, embeddings="sleep", norm="pre", family=None, two_steps=None)
 
 def rows(**arms):
     "arm -> (kind, units, {measure: values of the seeds})"
@@ -39,7 +39,7 @@ def test_claims_on_rows_made_up():
     (dict(arms=[]), "arms is an empty list"), (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["x: labels:y"]), "says not what it is tested on"),
     (dict(text="text:x.txt", tasks=["pos"]), "one of the toy world"), (dict(text="world:a", tasks=["translation"]), "translation wants two languages"),
     (dict(width=30), "width cannot be 30"), (dict(seq_steps=0), "seq_steps cannot be 0"), (dict(rate=0.0), "rate cannot be 0"), (dict(mask_rate=1.5), "rate=1.5"),
-    (dict(embeddings="dream"), "way with the embeddings"), (dict(text="wrld:a"), "did you mean 'world:'")])
+    (dict(embeddings="dream"), "way with the embeddings"), (dict(norm="before"), "place of the norms"), (dict(text="wrld:a"), "did you mean 'world:'")])
 def test_wishes_that_cannot_be(wish, says):
     with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)
 
@@ -59,11 +59,11 @@ def models(tmp_path_factory):
 def test_what_sleeps_stays_and_what_wakes_moves(models):
     encoder = Checkpoint(models["mlm"].path)
     states = {arm: AutoModelForSeq2SeqLM.from_pretrained(models[arm].path).state_dict() for arm in ("frozen", "wake@0.5", "copy@0.5")}
-    q, theirs = "bert.encoder.layer.1.attention.self.query.weight", "model.encoder.layers.1.self_attn.q_proj.weight"
+    q, theirs = "roberta_prelayernorm.encoder.layer.1.attention.self.query.weight", "model.encoder.layers.1.self_attn.q_proj.weight"
     assert torch.equal(states["frozen"][theirs], encoder.read(q)) and not torch.equal(states["wake@0.5"][theirs], encoder.read(q))
     down = "model.decoder.layers.1.fc2.weight"
-    near = (states["copy@0.5"][down] - encoder.read("bert.encoder.layer.1.output.dense.weight")).abs().max()
-    assert near < 0.02 < (states["wake@0.5"][down] - encoder.read("bert.encoder.layer.1.output.dense.weight")).abs().max()
+    near = (states["copy@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
+    assert near < 0.02 < (states["wake@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
 
 def test_an_extracted_encoder_computes_what_the_seq2seq_model_s_did(models):
     whole, alone = AutoModelForSeq2SeqLM.from_pretrained(models["denoise"].path).eval(), AutoModel.from_pretrained(models["denoise.encoder"].path).eval()

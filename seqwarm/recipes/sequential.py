@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #a579d086
+# %% ../../nbs/recipes/20_sequential.ipynb #61e80f1a
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from accelerate import PartialState
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, BertConfig
-from transformers import BertForMaskedLM, PreTrainedModel
+from transformers import BertForMaskedLM, MBartForConditionalGeneration, PreTrainedModel, RobertaPreLayerNormForMaskedLM
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
 from ..core.errors import Refusal, number, unknown
@@ -32,7 +32,7 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then
 
-# %% ../../nbs/recipes/20_sequential.ipynb #39286fe5
+# %% ../../nbs/recipes/20_sequential.ipynb #a5fbdc28
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, probe_steps=12, examples=64,
                   arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -43,6 +43,7 @@ _SIZES = {
                  probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment", "parse", "translation"],
                  arms=["mlm", "denoise", "omit", "spans", "small", "denoise.encoder", "omit.encoder", "small.encoder",
                        "denoise.encoder+mlm", "frozen", "wake@0.3", "wake@0.57", "open", "copy@0.57"])}
+_CLASSES = {"pre": (RobertaPreLayerNormForMaskedLM, MBartForConditionalGeneration), "post": (BertForMaskedLM, BartForConditionalGeneration)}
 _SCRATCH = {"denoise": "denoise", "omit": "omit", "spans": "spans", "small": "denoise"}   # arm -> objective
 _ENCODERS = ("mlm", *(f"{arm}.encoder{more}" for arm in _SCRATCH for more in ("", "+mlm")))
 
@@ -81,6 +82,7 @@ def _check(p: SimpleNamespace) -> None:
     if p.rate <= 0: raise Refusal(f"parameter rate cannot be {p.rate:g}", "a learning rate is above 0")
     if p.width % p.heads: raise Refusal(f"parameter width cannot be {p.width}", f"give a multiple of the {p.heads} attention heads")
     if p.embeddings not in ("sleep", "awake"): raise unknown("way with the embeddings", p.embeddings, ["sleep", "awake"])
+    if p.norm not in _CLASSES: raise unknown("place of the norms", p.norm, _CLASSES)
     objective(_mlm(p))
     for task in p.tasks: _probe(task, p)
 
@@ -104,21 +106,23 @@ def _probe(task: str, p: SimpleNamespace) -> Probe:
     tests = {lang: spec(lang, "&split=test") for lang in (langs[:1] if into else langs)}
     return Probe(task, spec(langs[0], f"&n={p.examples}"), tests, steps=p.probe_steps)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #0f0c48d1
-def _encoder(p: SimpleNamespace, text: Text, seed: int) -> BertForMaskedLM:
+# %% ../../nbs/recipes/20_sequential.ipynb #845c89c9
+def _new(p: SimpleNamespace, text: Text, seed: int, which: int, **sizes: Any) -> PreTrainedModel:
+    "An encoder (0) or a seq2seq model (1), drawn from a seed."
     torch.manual_seed(seed)
-    return BertForMaskedLM(BertConfig(
-        vocab_size=len(text.tokenizer), hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
-        intermediate_size=4*p.width, max_position_embeddings=p.length + 8, type_vocab_size=1, layer_norm_eps=1e-5,
-        initializer_range=p.width**-0.5, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, **text.ids))
+    kind = _CLASSES[p.norm][which]
+    return kind(kind.config_class(vocab_size=len(text.tokenizer), max_position_embeddings=p.length + 8, **text.ids, **sizes))
 
-def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> BartForConditionalGeneration:
-    torch.manual_seed(seed)
+def _encoder(p: SimpleNamespace, text: Text, seed: int) -> PreTrainedModel:
+    return _new(p, text, seed, 0, hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
+                intermediate_size=4*p.width, type_vocab_size=1, layer_norm_eps=1e-5, initializer_range=p.width**-0.5,
+                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+
+def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> PreTrainedModel:
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", p.heads), ("ffn_dim", 4*p.width))}
-    return BartForConditionalGeneration(BartConfig(
-        vocab_size=len(text.tokenizer), d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5,
-        max_position_embeddings=p.length + 8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
-        decoder_start_token_id=text.ids["eos_token_id"], forced_eos_token_id=None, **sides, **text.ids))
+    return _new(p, text, seed, 1, d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5,
+                dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"],
+                forced_eos_token_id=None, **sides)
 
 # %% ../../nbs/recipes/20_sequential.ipynb #f36ae625
 class Models:
