@@ -7,7 +7,7 @@ from transformers import AutoModel, AutoModelForSeq2SeqLM
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.text import Text
-from seqwarm.recipes.sequential import Models, claims_of, measure, pairs, shortfall, sized
+from seqwarm.recipes.sequential import Models, claims_of, compared, measure, pairs, shortfall, sized
 
 WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, rate=2e-3, mask_rate=0.15, embeddings="sleep", norm="pre", family=None, two_steps=None)
 
@@ -34,6 +34,20 @@ def test_claims_on_rows_made_up():
     assert one["seq-match"] is None and one["seq-cost"] is None and one["seq-extract"] == pytest.approx(10)
     assert claims_of(t[t.arm != "wake@0.5"], paired[paired.arm != "wake@0.5"])["seq-cost"] is None   # nothing that matches
 
+def test_runs_beside_each_other_are_told_by_what_they_differ_in():
+    t = rows(mlm=("encoder", 5, {"pos/a accuracy": [80.0]}), denoise=("seq2seq", 10, {"loss": [2.0]}),
+             **{"denoise.encoder": ("encoder", 10, {"pos/a accuracy": [70.0]}), "denoise.encoder+mlm": ("encoder", 11, {"pos/a accuracy": [74.0]}),
+                "wake@0.5": ("seq2seq", 8, {"loss": [2.05]}), "open": ("seq2seq", 9, {"loss": [1.9]})}).to_dict("records")
+    saved = [dict(arm=a, seed=0, units_saved=x) for a, x in (("denoise", 0.0), ("wake@0.5", 0.2), ("open", 0.1))]
+    record = lambda **p: dict(parameters=dict(name=str(p), width=32, norm="pre", seeds=[0]) | p, table=t, pairs=saved)
+    got = compared([record(width=16), record(), record(norm="post", seeds=[1])])
+    assert list(dict.fromkeys(got.setting)) == ["width 16, norm pre", "width 32, norm pre", "width 32, norm post"]
+    first = got[got.setting == "width 16, norm pre"].set_index(["claim", "arm"])
+    assert first.value.to_dict() == pytest.approx({("seq-extract", "denoise.encoder"): 10, ("seq-remedies", "denoise.encoder+mlm"): 0.6,
+        ("seq-match", "wake@0.5"): 0.05, ("seq-match", "open"): -0.1, ("seq-cost", "wake@0.5"): 20, ("seq-cost", "open"): 10})
+    assert first.measure["seq-cost"].to_dict() == {"wake@0.5": "does not", "open": "matches"}
+    assert list(compared([record()]).setting.unique()) == ["this run"]
+
 @pytest.mark.parametrize("wish, says", [
     (dict(arms=["mml"]), "did you mean 'mlm'"), (dict(arms=["wake@1.0"]), "wakes its encoder at no moment"), (dict(arms=["wake@half"]), "wakes its encoder at no moment"),
     (dict(arms=[]), "arms is an empty list"), (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["x: labels:y"]), "says not what it is tested on"),
@@ -52,7 +66,7 @@ def test_steps_of_the_second_stage_are_seven_tenths_unless_said():
 def models(tmp_path_factory):
     torch.set_num_threads(1)
     p = sized("smoke", **WISH | dict(words=6000, mlm_steps=5, seq_steps=5, two_steps=4, probe_steps=2, examples=16, tasks=["pos"], vocab=400,
-                                     arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.5", "copy@0.5", "spans", "small"]))
+                                     arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.5", "gradual@0.25", "copy@0.5", "spans", "small"]))
     text = Text(p.text, None, p.length, p.vocab, extra=("<extra_id_0>", "<extra_id_1>"))
     return Models(p, tmp_path_factory.mktemp("store"), text, 0)
 
@@ -62,6 +76,8 @@ def test_what_sleeps_stays_and_what_wakes_moves(models):
     q, theirs = "roberta_prelayernorm.encoder.layer.1.attention.self.query.weight", "model.encoder.layers.1.self_attn.q_proj.weight"
     assert torch.equal(states["frozen"][theirs], encoder.read(q)) and not torch.equal(states["wake@0.5"][theirs], encoder.read(q))
     down = "model.decoder.layers.1.fc2.weight"
+    slow = models["gradual@0.25"].card.cost["units"]   # the top layer awake from the second step, the lower one from the third
+    assert models["frozen"].card.cost["units"] > 0 and models["wake@0.5"].card.cost["units"] < slow < models["open"].card.cost["units"]
     near = (states["copy@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
     assert near < 0.02 < (states["wake@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
 
