@@ -16,7 +16,7 @@ from seqwarm.core.train import _Loop, train
 from seqwarm.core.write import build, save
 from seqwarm.methods.graft import carry_out, extract, graft, told
 from seqwarm.methods.unfreeze import always, frozen_then
-from test_graft import EXACT, L, batch, encoder, equal, put, random
+from test_graft import EXACT, L, batch, encoder, equal, put
 import train_seq2seq
 
 pytestmark = pytest.mark.usefixtures("quick")
@@ -215,7 +215,6 @@ def test_a_config_that_promises_a_mix_is_not_trained_without(run, data):
 @pytest.mark.parametrize("frozen", [(), ENCODER, ("encoder/",), (*ENCODER, "cross.mix"), ("decoder/cross",)], ids=["awake", "encoder asleep", "its layers", "mix too", "cross"])
 def test_flops_are_those_that_torch_counts(tmp_path, kind, family, frozen):
     if family == "encoder-decoder" and frozen in (ENCODER, (*ENCODER, "cross.mix")): frozen = ("encoder/", *frozen[2:])   # its decoder has words of its own
-    from functools import partial
     enc = encoder(kind, tmp_path/"e", dtype=torch.float32)
     model = build(graft(enc, family, layers=2, fusion=True), {"encoder": enc}); model.set_attn_implementation("eager")
     lay, x = lay_of(model), given(model)

@@ -121,7 +121,7 @@ def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> 
         max_position_embeddings=p.length + 8, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
         decoder_start_token_id=text.ids["eos_token_id"], forced_eos_token_id=None, **sides, **text.ids))
 
-# %% ../../nbs/recipes/20_sequential.ipynb #093a2445
+# %% ../../nbs/recipes/20_sequential.ipynb #bb8b7e68
 class Models:
     "The models of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -163,8 +163,8 @@ class Models:
 
     def _second(self, arm: str) -> Trained:
         p, share, parent = self.p, _woken(arm), Checkpoint(self["mlm"].path)
-        how = dict(decoder="copy" if arm.startswith("copy") else "random", fusion=arm.startswith("fuse"))
-        plan = graft(parent, family=p.family, seed=self.seed, **how)
+        plan = graft(parent, family=p.family, decoder="copy" if arm.startswith("copy") else "random", seed=self.seed,
+                     fusion=arm.startswith("fuse"))
         start = self._written(plan, parent)
         model, wake_at = opened(start.path), round(share*p.two_steps)
         how = dict(embeddings=p.embeddings, lr=p.rate, objective="denoise")
