@@ -14,7 +14,7 @@ from .checkpoint import Checkpoint
 from .errors import Refusal
 from .layout import layout
 
-# %% ../../nbs/core/21_mix.ipynb #fc57e659
+# %% ../../nbs/core/21_mix.ipynb #5e6d9935
 def mixed(states: torch.Tensor,     # [B, S, (L+1) D]: all layers side by side, the last one at the end
           mix: torch.Tensor,        # [L]: weights of all but the last
           ) -> torch.Tensor:        # [B, S, D]
@@ -22,7 +22,7 @@ def mixed(states: torch.Tensor,     # [B, S, (L+1) D]: all layers side by side, 
     weights = torch.cat([mix, 1 - mix.sum(0, keepdim=True)])
     *below, last = states.chunk(len(weights), -1)     # views
     out = last*weights[-1]
-    for state, weight in zip(below, weights): out = torch.addcmul(out, state, weight)
+    for state, weight in zip(below, weights): out.addcmul_(state, weight)
     return out
 
 # %% ../../nbs/core/21_mix.ipynb #a067d403
