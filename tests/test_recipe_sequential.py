@@ -6,7 +6,9 @@ import torch
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.errors import Refusal
+from seqwarm.core.files import fingerprint
 from seqwarm.core.text import Text
+from seqwarm.methods.graft import graft
 from seqwarm.recipes.sequential import Models, claims_of, compared, measure, pairs, shortfall, sized
 
 WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, rate=2e-3, mask_rate=0.15, embeddings="sleep", norm="pre", family=None, two_steps=None)
@@ -66,7 +68,8 @@ def test_steps_of_the_second_stage_are_seven_tenths_unless_said():
 def models(tmp_path_factory):
     torch.set_num_threads(1)
     p = sized("smoke", **WISH | dict(words=6000, mlm_steps=5, seq_steps=5, two_steps=4, probe_steps=2, examples=16, tasks=["pos"], vocab=400,
-                                     arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.5", "gradual@0.25", "copy@0.5", "spans", "small"]))
+                                     arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.5", "gradual@0.25", "copy@0.5", "fuse@0.5",
+                                           "spans", "small"]))
     text = Text(p.text, None, p.length, p.vocab, extra=("<extra_id_0>", "<extra_id_1>"))
     return Models(p, tmp_path_factory.mktemp("store"), text, 0)
 
@@ -80,6 +83,20 @@ def test_what_sleeps_stays_and_what_wakes_moves(models):
     assert models["frozen"].card.cost["units"] > 0 and models["wake@0.5"].card.cost["units"] < slow < models["open"].card.cost["units"]
     near = (states["copy@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
     assert near < 0.02 < (states["wake@0.5"][down] - encoder.read("roberta_prelayernorm.encoder.layer.1.output.dense.weight")).abs().max()
+
+def test_a_fused_arm_learns_its_mix_and_the_others_have_none(models):
+    made = {arm: Checkpoint(models[arm].path) for arm in ("wake@0.5", "fuse@0.5")}
+    assert set(made["fuse@0.5"].names) - set(made["wake@0.5"].names) == {"model.decoder.mix"} and "layer_mix" not in made["wake@0.5"].config
+    assert (made["fuse@0.5"].read("model.decoder.mix") != 0).all()
+    plain, fused = (Checkpoint(models.store/f"start-{n}") for n in starts(models))
+    assert all(torch.equal(plain.read(n), fused.read(n)) for n in plain.names)   # they began as one
+    row = measure(models, "fuse@0.5")
+    assert 0 < row["loss"] < 10 and models["fuse@0.5"].card.cost["units"] == models["wake@0.5"].card.cost["units"]
+
+def starts(models) -> list[str]:
+    "What the second stages of the two arms began from, as they are addressed."
+    encoder = Checkpoint(models["mlm"].path)
+    return [fingerprint([graft(encoder, seed=0, **fusion).fingerprint, encoder.card.id]) for fusion in ({}, {"fusion": True})]
 
 def test_an_extracted_encoder_computes_what_the_seq2seq_model_s_did(models):
     whole, alone = AutoModelForSeq2SeqLM.from_pretrained(models["denoise"].path).eval(), AutoModel.from_pretrained(models["denoise.encoder"].path).eval()

@@ -122,7 +122,7 @@ def _say(what: str) -> None:
     "What is being done, for those who wait at a terminal."
     if sys.stderr.isatty(): print(f"seqwarm: {what} ...", file=sys.stderr, flush=True)
 
-# %% ../../nbs/batch/40_cli.ipynb #9684b913
+# %% ../../nbs/batch/40_cli.ipynb #54bf8614
 @app.command("graft")
 def _graft(encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="An encoder: a checkpoint's folder, or a name on the hub.")],
            out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the seq2seq model.")] = None,
@@ -133,13 +133,14 @@ def _graft(encoder: Annotated[str, typer.Argument(metavar="ENCODER", help="An en
            cross: Annotated[str | None, typer.Option(help="Cross-attention of a copy: random, or attn (from self-attention).")] = None,
            architecture: Annotated[str | None, typer.Option(help="Class of the encoder, if its config names none, or another.")] = None,
            seed: Annotated[int, typer.Option(help="Of weights that are drawn.")] = 0,
+           fusion: Annotated[bool, typer.Option("--fusion", help="Let the decoder read a learned mix of all encoder layers.")] = False,
            dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False) -> None:
     "Write a seq2seq model around an encoder, with a new decoder."
     _ready({"encoder": encoder}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
     from seqwarm.methods.graft import graft
     source = Checkpoint(encoder, architecture)
-    plan = graft(source, family, decoder, decoder_layers, cross, seed)
+    plan = graft(source, family, decoder, decoder_layers, cross, seed, fusion)
     _carry_out(plan, source, out, dry_run)
 
 @app.command("extract")

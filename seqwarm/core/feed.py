@@ -25,7 +25,7 @@ from .objectives import Draws, objective, shape
 from .stages import Stage
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/78_feed.ipynb #056a2ae9
+# %% ../../nbs/core/78_feed.ipynb #aafca81e
 def _cut(value, parts: int) -> list:
     "A tensor in parts along its first axis; several masks by name, cut together."
     if torch.is_tensor(value): return list(value.chunk(parts))
@@ -38,7 +38,7 @@ class Feed:
     begin: int                          # number of the stage's first step
     corpus: Corpus; tokenizer: PreTrainedTokenizerFast; config: PreTrainedConfig; acc: Accelerator
     batch: int; accumulate: int; seed: int
-    kept: np.ndarray | None = None      # [P, share of the batch, S, D]: the encoder's outputs of a round
+    kept: np.ndarray | None = None      # [P, share of the batch, S, D or (L+1) D]: the encoder's outputs of a round
 
     @property
     def share(self) -> int: return self.batch // self.acc.num_processes
@@ -58,7 +58,7 @@ class Feed:
         inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
         return [dict(zip(inputs, part)) for part in zip(*(_cut(v, self.accumulate) for v in inputs.values()))]
 
-# %% ../../nbs/core/78_feed.ipynb #7b2fc490
+# %% ../../nbs/core/78_feed.ipynb #453104e1
 def keeping(lay: Layout, stage: Stage, length: int, batch: int,
             most: float,     # bytes that may be used
             ) -> int:        # bytes that are needed, over all ranks
@@ -70,7 +70,8 @@ def keeping(lay: Layout, stage: Stage, length: int, batch: int,
     awake = [lay.storage(t) for t in lay.tensors.values() if t.stack == "encoder" and lay.storage(t).name not in asleep]
     if awake:
         raise Refusal(f"the outputs of an encoder are kept while {awake[0].name} is awake", f"add {awake[0].role!r} to `frozen`")
-    size = stage.repeat * batch * source * lay.size("hidden", "encoder") * np.dtype(stage.keep).itemsize
+    states = 1 + lay.sizes.get("states", 0)   # of how many layers; a decoder with a mix reads all
+    size = stage.repeat * batch * source * states * lay.size("hidden", "encoder") * np.dtype(stage.keep).itemsize
     if size > most:
         raise Refusal(f"the encoder's outputs take {size:,} bytes as {stage.keep} and may take {most:,.0f}",
                       "make `repeat` smaller, allow more, or leave out `keep`")

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['coder', 'Coded', 'encode', 'body', 'with_head', 'room', 'greedy']
 
-# %% ../../nbs/core/86_heads.ipynb #a9c6df97
+# %% ../../nbs/core/86_heads.ipynb #292d5684
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
 from .errors import Refusal
 from .examples import Examples
-from .write import _quiet
+from .mix import _quiet, with_mix
 
 # %% ../../nbs/core/86_heads.ipynb #8f64d0f0
 def coder(tokenizer: PreTrainedTokenizerFast,
@@ -97,7 +97,7 @@ def _what(config: transformers.PreTrainedConfig, architecture: str) -> str:
     alone = config.model_type in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and config.model_type not in MODEL_FOR_MASKED_LM_MAPPING_NAMES
     return "a decoder" if alone or getattr(config, "is_decoder", False) else _ENCODER
 
-# %% ../../nbs/core/86_heads.ipynb #46b7144a
+# %% ../../nbs/core/86_heads.ipynb #07e5f733
 def body(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     "What a model with a head had before it got the head."
     return [p for name, p in model.base_model.named_parameters() if "pooler" not in name]
@@ -125,7 +125,7 @@ def with_head(folder: str | Path,    # of a Hugging Face checkpoint
     except (ValueError, KeyError, OSError) as e:
         raise Refusal(f"{folder} can't be made ready for {kind} ({str(e).splitlines()[0][:120]})", "choose another task or model") from e
     if lost := _lost(model, info): raise Refusal(f"{folder} lacks {lost[0]}", "is its config.json the right one?")
-    return _Pooled(model, len(labels)) if bare else model
+    return _Pooled(model, len(labels)) if bare else with_mix(model, folder)
 
 # %% ../../nbs/core/86_heads.ipynb #6c336dd2
 def room(model: torch.nn.Module) -> int:    # tokens; 2**30 where there is no end

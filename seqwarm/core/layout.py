@@ -99,7 +99,7 @@ def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int
             yield from ((r, layer) for r in rows[i:j] if ("{1..}" if layer == 0 else "{0}") not in r.name)
         i = j
 
-# %% ../../nbs/core/05_layout.ipynb #81437251
+# %% ../../nbs/core/05_layout.ipynb #77a03d9e
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     tensors, sizes = _halves(family, config)
@@ -116,7 +116,14 @@ def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, 
         shape = tuple(_size(a, row.stack, sizes) for a in row.axes)
         tie = full(row.tie) if row.tie and tied else None
         tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
-    return tensors, sizes
+    return _mix(tensors, sizes, config, f"{dot}decoder.mix")
+
+def _mix(tensors: dict[str, Tensor], sizes: dict[str, int], config: dict, name: str) -> tuple[dict[str, Tensor], dict[str, int]]:
+    "With the tensor that a seq2seq model of any family has more, if its config says `layer_mix`."
+    if type(said := config.get("layer_mix", False)) is not bool: raise Refusal(f"layer_mix cannot be {said!r}", "say true, or leave it out")
+    L = sizes.get("encoder.layers")
+    if not said or not L or all(t.stack != "decoder" for t in tensors.values()): return tensors, sizes
+    return tensors | {name: Tensor(name, "cross.mix", "decoder", None, ("states",), (L,))}, sizes | {"states": L}
 
 def _halves(table: Family, config: dict) -> tuple[dict[str, Tensor], dict[str, int]]:
     "Tensors and sizes of the whole models inside a model, each as a stack; none for a model of one piece."

@@ -81,7 +81,7 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #4d8d480d
+# %% ../../nbs/core/70_ledger.ipynb #1ea4ab2b
 def _bottom(w: _Walk, stack: str) -> bool:
     "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
     roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
@@ -92,7 +92,7 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
     lay, pre = w.layout, w.layout.norms(stack) != "post"
     costs = _attentions(lay, w.source, w.target)
-    below = w.matrix("cross.project", stack, None, below)
+    below = w.matrix("cross.project", stack, None, below or w.trained(["cross.mix"], stack))   # the mix itself is elementwise
     x = below_all = _bottom(w, stack)
     bias = w.trained(["attn.relative"], stack, 0) or w.trained(["attn.relative"], stack)
     for layer in range(lay.layers[stack]):

@@ -259,7 +259,7 @@ def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[di
         loop.state.sweep("state-*")
     loop.acc.wait_for_everyone()
 
-# %% ../../nbs/core/80_train.ipynb #8c40faa7
+# %% ../../nbs/core/80_train.ipynb #ce3f3a1d
 def train(model: transformers.PreTrainedModel,    # to start from, changed on the way; the result lies at the path that comes back
           tokenizer: PreTrainedTokenizerFast, corpus: Corpus, valid: Corpus,
           stages: list[Stage],
@@ -280,6 +280,8 @@ def train(model: transformers.PreTrainedModel,    # to start from, changed on th
     "Train a model through its stages, or find it trained."
     acc, lay, steps = _accelerator(track), layout(model.config, type(model).__name__), sum(s.steps for s in stages)
     every = max(1, round(steps / 50)) if every is None else every
+    if lay.find("cross.mix") and lay.one("cross.mix").name not in dict(model.named_parameters()):
+        raise Refusal("the config says layer_mix, and the model has no mix", "open the checkpoint by core.mix.opened")
     _check(lay, tokenizer, (corpus, valid), stages, acc.num_processes, seed, keep_bytes, batch=batch, accumulate=accumulate,
            every=every, save_every=save_every, sequences=sequences)
     key = fingerprint([weights_fingerprint(model), model.config.to_dict(), tokenizer_fingerprint(tokenizer),

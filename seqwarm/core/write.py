@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write', 'build', 'save']
 
-# %% ../../nbs/core/22_write.ipynb #e9105430
+# %% ../../nbs/core/22_write.ipynb #6aa7d1a4
 import json, math, os, sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .checkpoint import DTYPES, Card, Checkpoint, finite
 from .errors import Refusal
 from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
+from .mix import _quiet, mixing
 from .plan import Plan, Row
 
 # %% ../../nbs/core/22_write.ipynb #98012b9b
@@ -198,7 +199,7 @@ def _tokenizer(tokenizer: Any, kind: str, folder: Path) -> None:
     content = json.loads((folder/"tokenizer_config.json").read_text(encoding="utf-8"))
     write_whole(folder/"tokenizer_config.json", content | {"auto_map": []})
 
-# %% ../../nbs/core/22_write.ipynb #cfb93843
+# %% ../../nbs/core/22_write.ipynb #02059679
 def build(plan: Plan,
           sources: Mapping[str, Any],     # alias -> something with .names, .shape and .read
           ) -> torch.nn.Module:           # a model of transformers, in eval mode
@@ -206,23 +207,13 @@ def build(plan: Plan,
     import transformers
     plan.check(sources)
     state = {r.target: _make(plan, r, sources).clone() for r in plan.rows}
-    config = _config(plan, (x.dtype for x in state.values()))
+    config, mix = _config(plan, (x.dtype for x in state.values())), [state.pop(t.name) for t in plan.layout.find("cross.mix")]
     with _quiet(): model, info = getattr(transformers, plan.architecture).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or torch.float32, output_loading_info=True)
     lost = [n for n in list(info["missing_keys"]) + list(info["unexpected_keys"]) if n in plan.layout.stored()]
     if lost: raise RuntimeError(f"transformers did not take {lost[0]}")  # a defect of the layout, not of the user
     if plan.generation is not None: model.generation_config = transformers.GenerationConfig.from_dict(plan.generation)
-    return model
-
-class _quiet:
-    "No progress bars and no advice from transformers while it loads."
-    def __enter__(self):
-        from transformers.utils import logging
-        self.log, self.level, self.bar = logging, logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error(); logging.disable_progress_bar()
-    def __exit__(self, *_):
-        self.log.set_verbosity(self.level)
-        if self.bar: self.log.enable_progress_bar()
+    return mixing(model, *mix) if mix else model
 
 def save(model: torch.nn.Module,             # of transformers, unwrapped
          tokenizer: Any,                     # or None

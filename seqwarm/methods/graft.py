@@ -105,10 +105,11 @@ _WORDS = {"encoder_layers": "num_hidden_layers", "encoder_attention_heads": "num
           "d_model": "hidden_size", "activation_function": "hidden_act", "dropout": "hidden_dropout_prob", "init_std": "initializer_range",
           "attention_dropout": "attention_probs_dropout_prob", "vocab_size": "vocab_size"}   # of BART -> of BERT
 
-# %% ../../nbs/methods/20_graft.ipynb #eea9ebcc
+# %% ../../nbs/methods/20_graft.ipynb #61d90545
 def _config(enc: Layout, family: str, n: int, width: int, ids: dict[str, int | None]) -> dict[str, Any]:
     "The config of the seq2seq model, whose decoder has `n` layers with a feed-forward net of `width` times the encoder's."
-    c, both = enc.config, dict(model_type=family, is_encoder_decoder=True, use_cache=True, tie_word_embeddings=True) | ids
+    c = {k: v for k, v in enc.config.items() if k != "layer_mix"}
+    both = dict(model_type=family, is_encoder_decoder=True, use_cache=True, tie_word_embeddings=True) | ids
     if family in _T5: return c | both | {"num_decoder_layers": n, "architectures": None}
     if family in _FIRST:
         d = dict(decoder_layers=n, decoder_attention_heads=c["num_attention_heads"], decoder_ffn_dim=c["intermediate_size"]*width)
@@ -142,13 +143,14 @@ def _encoder_rows(enc: Layout, names: list[str], new: Layout) -> list[Row]:
 _ORIGIN = "origin.safetensors"
 _CLASS = {_ANY: "EncoderDecoderModel", "bart": "Bart", "mbart": "MBart", "blenderbot": "Blenderbot", "t5": "T5", "mt5": "MT5"}
 
-# %% ../../nbs/methods/20_graft.ipynb #47a86cf4
+# %% ../../nbs/methods/20_graft.ipynb #f8c92277
 def graft(encoder: Checkpoint,          # a base model, or one with the head of its pre-training
           family: str | None = None,    # model type of the new model; by default the native one if that is exact, or else 'encoder-decoder'
           decoder: str = "random",      # one of DECODERS in `methods.decoder`
           layers: int | None = None,    # of the decoder; by default as many as the encoder has, or half of them ('interleave')
           cross: str | None = None,     # cross-attention of a copy: 'random' or 'attn'
           seed: int = 0,                # of what is drawn
+          fusion: bool = False,         # whether cross-attention reads a learned mix of all encoder layers (`core.mix`)
           ) -> Plan:                    # for sources {"encoder": encoder}
     "A seq2seq model around an encoder, as a plan."
     enc, names = _checked(encoder), encoder.names
@@ -156,7 +158,7 @@ def graft(encoder: Checkpoint,          # a base model, or one with the head of 
     n, cross = _depth(enc, _kind(enc) in NATIVE, decoder, layers, cross)
     number("seed", seed)
     L, wide, ids = max(enc.layers.values()), family not in _T5, _ids(encoder, family)
-    config = _config(enc, family, n, 2 if decoder == "interleave" and wide else 1, ids)
+    config = _config(enc, family, n, 2 if decoder == "interleave" and wide else 1, ids) | ({"layer_mix": True} if fusion else {})
     blocks, name = _blocks(decoder, n, L, cross, wide), _CLASS[family] + ("" if family == _ANY else "ForConditionalGeneration")
     new, theirs = layout(config, name), config.get("decoder", config)
     rows = {r.target: r for r in _encoder_rows(enc, names, new)}
@@ -164,11 +166,12 @@ def graft(encoder: Checkpoint,          # a base model, or one with the head of 
     folded = next((r for r in rows.values() if r.op == "embed.fold"), None)
     for t in new.stored().values():
         if t.name in rows: continue
-        if t.role == "embed.position" and folded and decoder != "random": rows[t.name] = replace(folded, target=t.name)
+        if t.role == "cross.mix": rows[t.name] = Row(t.name, "zeros")
+        elif t.role == "embed.position" and folded and decoder != "random": rows[t.name] = replace(folded, target=t.name)
         else: rows[t.name] = _decoder_row(t, enc, blocks, theirs) if t.stack == "decoder" else _drawn(t, theirs)
     used, kept = {s for r in rows.values() for s in r.sources}, [m for m in names if f"encoder:{m}" not in back]
     notes = dict(family=family, decoder=decoder, cross=cross, layers=[L, n], blocks=blocks, exact=family == _ANY or _exact(enc),
-                 eps=enc.config.get("layer_norm_eps"), kept=kept, roles=_roles(enc, kept))
+                 eps=enc.config.get("layer_norm_eps"), kept=kept, roles=_roles(enc, kept)) | ({"fusion": True} if fusion else {})
     about = {"encoder": {"name": encoder.name, "architecture": encoder.architecture}}
     return Plan("graft", config, name, [rows[m] for m in new.stored()], {}, about,
                 {f"encoder:{m}": f"kept in {_ORIGIN}" for m in kept if f"encoder:{m}" not in used}, seed, ids,
@@ -199,7 +202,7 @@ def _kept(plan: Plan, encoder: Checkpoint, inputs: list[str] | None) -> bytes:
                  names=encoder.names, inputs=inputs)
     return pack({n: encoder.read(n, finite=True) for n in plan.notes["kept"]}, {"graft": json.dumps(about)})   # one entry
 
-# %% ../../nbs/methods/20_graft.ipynb #77b3a7ab
+# %% ../../nbs/methods/20_graft.ipynb #f76211bf
 _PLAIN = {"bart": "bert", "mbart": "roberta-prelayernorm", "blenderbot": "xlm-roberta-xl"}
 
 def _base(config: dict[str, Any]) -> Layout:
@@ -209,7 +212,7 @@ def _base(config: dict[str, Any]) -> Layout:
 
 def _plain(new: Layout, names: list[str]) -> tuple[Layout, list[Row]]:
     "The encoder that a seq2seq model without an origin gives, and its rows."
-    c, kind = new.config, _kind(new)
+    c, kind = {k: v for k, v in new.config.items() if k != "layer_mix"}, _kind(new)
     if kind == _ANY: enc = _base(c["encoder"] | {"architectures": None})
     elif kind in _T5: enc = _base(c | dict(is_encoder_decoder=False, use_cache=False, architectures=None))
     else:
@@ -306,7 +309,7 @@ def _handing(tokenizer: Any, inputs: list[str] | None) -> Any:
     "A tokenizer that hands out these inputs: BART has no room for token types, and would refuse them."
     return hand_out(tokenizer, inputs) if tokenizer and inputs else tokenizer
 
-# %% ../../nbs/methods/20_graft.ipynb #95b5b174
+# %% ../../nbs/methods/20_graft.ipynb #3a70e20b
 def told(plan: Plan) -> list[str]:   # of `graft` or `extract`
     "What a plan will do, in a few lines."
     ops = plan.summary()["operations"]
@@ -322,6 +325,7 @@ def _told_graft(plan: Plan, n: dict[str, Any]) -> list[str]:
     idle = sorted({*range(L)} - {i for b in n["blocks"] for i in b.get("ffn", [])}) if n["decoder"] == "interleave" else []
     return [f"{of['architecture']} ({of['name']}) becomes {plan.architecture}: {L} + {N} layers",
             f"decoder: {n['decoder']}, cross-attention: {n['cross']}, seed {plan.seed}",
+            *([f"cross-attention reads a mix of {L + 1} states, at first the last one alone"] if n.get("fusion") else []),
             "hidden states: the encoder's own" if n["exact"] else "hidden states: the encoder's but for about 1e-4, since its norms have "
             f"an epsilon of {n['eps']:g} and those of {n['family']} have {_EPS:g}; {_ANY} would hold it as it is",
             *([f"not in the decoder: the feed-forward nets of the layers {', '.join(map(str, idle))}"] if idle else []),

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #dcaf77f1
+# %% ../../nbs/recipes/20_sequential.ipynb #8071081c
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 import torch
 from accelerate import PartialState
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, BartConfig, BartForConditionalGeneration, BertConfig
+from transformers import AutoModelForMaskedLM, BartConfig, BartForConditionalGeneration, BertConfig
 from transformers import BertForMaskedLM, MBartForConditionalGeneration, PreTrainedModel, RobertaPreLayerNormForMaskedLM
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
@@ -24,6 +24,7 @@ from ..core.examples import TASKS
 from ..core.examples import examples as labelled
 from ..core.files import fingerprint
 from ..core.ledger import Cost, lineage
+from ..core.mix import opened
 from ..core.objectives import objective, shape
 from ..core.plan import Plan
 from ..core.probes import Probe, probe
@@ -33,7 +34,7 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #10565762
+# %% ../../nbs/recipes/20_sequential.ipynb #e8ca0ffc
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, probe_steps=12, examples=64,
                   arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -52,7 +53,7 @@ def _woken(arm: str) -> float | None:
     "The share of the second stage in which the encoder sleeps; None for a model that has no second stage."
     if arm in ("frozen", "open"): return float(arm == "frozen")
     how, at, share = arm.partition("@")
-    if not at or how not in ("wake", "gradual", "copy"): return None
+    if not at or how not in ("wake", "gradual", "copy", "fuse"): return None
     try: share = float(share)
     except ValueError: share = -1
     if 0 <= share < 1: return share
@@ -75,7 +76,7 @@ def _check(p: SimpleNamespace) -> None:
         if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
     for arm in p.arms:
         if arm not in (*_ENCODERS, *_SCRATCH) and _woken(arm) is None:
-            raise unknown("arm", arm, [*_ENCODERS, *_SCRATCH, "frozen", "open", "wake@0.57", "gradual@0.3", "copy@0.57"])
+            raise unknown("arm", arm, [*_ENCODERS, *_SCRATCH, "frozen", "open", "wake@0.57", "gradual@0.3", "copy@0.57", "fuse@0.57"])
     for key in ("mlm_steps", "seq_steps", "two_steps", "words", "batch", "width", "layers", "heads", "probe_steps", "examples"):
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
@@ -125,7 +126,7 @@ def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> 
                 dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"],
                 forced_eos_token_id=None, **sides)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #503439d1
+# %% ../../nbs/recipes/20_sequential.ipynb #4c65a7ce
 class Models:
     "The models of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -167,9 +168,10 @@ class Models:
 
     def _second(self, arm: str) -> Trained:
         p, share, parent = self.p, _woken(arm), Checkpoint(self["mlm"].path)
-        plan = graft(parent, family=p.family, decoder="copy" if arm.startswith("copy") else "random", seed=self.seed)
+        plan = graft(parent, family=p.family, decoder="copy" if arm.startswith("copy") else "random", seed=self.seed,
+                     fusion=arm.startswith("fuse"))
         start = self._written(plan, parent)
-        model, wake_at = AutoModelForSeq2SeqLM.from_pretrained(start.path, dtype=torch.float32), round(share*p.two_steps)
+        model, wake_at = opened(start.path), round(share*p.two_steps)
         how = dict(embeddings=p.embeddings, lr=p.rate, objective="denoise")
         if wake_at >= p.two_steps: stages = always(p.two_steps, start.layout, **how)
         elif arm.startswith("gradual"):
@@ -184,7 +186,7 @@ def _sentinels(p: SimpleNamespace) -> tuple[str, ...]:
     S, T = shape("spans", p.length)
     return tuple(f"<extra_id_{i}>" for i in range((S + T - 1 - p.length)//2))   # each stands in what is read, and in what is written
 
-# %% ../../nbs/recipes/20_sequential.ipynb #009640c8
+# %% ../../nbs/recipes/20_sequential.ipynb #d8c6414f
 def measure(models: Models, arm: str) -> dict[str, Any]:
     "A row of the result: what a model cost, alone and with its ancestors, its loss, and a column a probe ('pos/a accuracy')."
     p, made, encoder = models.p, models[arm], arm in _ENCODERS
@@ -198,7 +200,7 @@ def measure(models: Models, arm: str) -> dict[str, Any]:
 
 def _denoising(models: Models, made: Trained) -> float:
     "Nats a token to write a text whose spans are masked."
-    t, model = models.text, AutoModelForSeq2SeqLM.from_pretrained(made.path, dtype=torch.float32)
+    t, model = models.text, opened(made.path)
     return evaluate(model, t.valid, objective("denoise"), t.tokenizer, min(64, len(t.valid)))
 
 # %% ../../nbs/recipes/20_sequential.ipynb #c1aa3571
