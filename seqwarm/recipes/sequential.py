@@ -34,17 +34,17 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #e8ca0ffc
+# %% ../../nbs/recipes/20_sequential.ipynb #70ad8e0a
 _SIZES = {
-    "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, probe_steps=12, examples=64,
-                  arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
-    "demo": dict(words=400_000, vocab=800, length=64, batch=16, width=128, layers=3, mlm_steps=500, seq_steps=500,
-                 probe_steps=150, examples=1000, tasks=["pos", "entities", "parse"],
+    "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=2e-3, rate=4e-3,
+                  probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
+    "demo": dict(words=1_000_000, vocab=500, length=64, batch=16, width=64, layers=2, mlm_steps=1500, seq_steps=1500, mlm_rate=2e-3,
+                 rate=4e-3, probe_steps=150, examples=1000, tasks=["pos", "entities", "parse"],
                  arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.57", "open"]),
-    "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=8, mlm_steps=10_000, seq_steps=10_000,
-                 probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment", "parse", "translation"],
-                 arms=["mlm", "denoise", "omit", "spans", "small", "denoise.encoder", "omit.encoder", "small.encoder",
-                       "denoise.encoder+mlm", "frozen", "wake@0.3", "wake@0.57", "open", "copy@0.57"])}
+    "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=8, mlm_steps=10_000, seq_steps=10_000, mlm_rate=5e-4,
+                 rate=1e-3, probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment", "parse", "translation"],
+                 arms=["mlm", "denoise", "omit", "spans", "small", "denoise.encoder", "omit.encoder", "small.encoder", "denoise.encoder+mlm",
+                       "frozen", "wake@0.3", "wake@0.57", "open", "gradual@0.3", "copy@0.57", "fuse@0.57"])}
 _CLASSES = {"pre": (RobertaPreLayerNormForMaskedLM, MBartForConditionalGeneration), "post": (BertForMaskedLM, BartForConditionalGeneration)}
 _SCRATCH = {"denoise": "denoise", "omit": "omit", "spans": "spans", "small": "denoise"}   # arm -> objective
 _ENCODERS = ("mlm", *(f"{arm}.encoder{more}" for arm in _SCRATCH for more in ("", "+mlm")))
@@ -81,7 +81,8 @@ def _check(p: SimpleNamespace) -> None:
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
-    if p.rate <= 0: raise Refusal(f"parameter rate cannot be {p.rate:g}", "a learning rate is above 0")
+    for key in ("mlm_rate", "rate"):
+        if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "a learning rate is above 0")
     if p.width % p.heads: raise Refusal(f"parameter width cannot be {p.width}", f"give a multiple of the {p.heads} attention heads")
     if p.embeddings not in ("sleep", "awake"): raise unknown("way with the embeddings", p.embeddings, ["sleep", "awake"])
     if p.norm not in _CLASSES: raise unknown("place of the norms", p.norm, _CLASSES)
@@ -126,7 +127,7 @@ def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> 
                 dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"],
                 forced_eos_token_id=None, **sides)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #4c65a7ce
+# %% ../../nbs/recipes/20_sequential.ipynb #ee4f81d2
 class Models:
     "The models of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -151,10 +152,10 @@ class Models:
         return Checkpoint(out)
 
     def _mlm(self) -> Trained:
-        return self._train("mlm", _encoder(self.p, self.text, self.seed), [Stage(self.p.mlm_steps, self.p.rate, _mlm(self.p))])
+        return self._train("mlm", _encoder(self.p, self.text, self.seed), [Stage(self.p.mlm_steps, self.p.mlm_rate, _mlm(self.p))])
 
     def _scratch(self, arm: str) -> Trained:
-        layers = min(2, self.p.layers) if arm == "small" else self.p.layers
+        layers = min(2, (self.p.layers + 1)//2) if arm == "small" else self.p.layers
         model = _seq2seq(self.p, self.text, self.seed, layers)
         return self._train(arm, model, [Stage(self.p.seq_steps, self.p.rate, _SCRATCH[arm])])
 
@@ -164,7 +165,7 @@ class Models:
         if not arm.endswith("+mlm"): return Trained(start.path, pd.DataFrame())
         torch.manual_seed(self.seed)   # for the new head
         model = AutoModelForMaskedLM.from_pretrained(start.path, dtype=torch.float32)
-        return self._train(arm, model, [Stage(max(1, self.p.mlm_steps // 5), self.p.rate, _mlm(self.p))], (start.card,))
+        return self._train(arm, model, [Stage(max(1, self.p.mlm_steps // 5), self.p.mlm_rate, _mlm(self.p))], (start.card,))
 
     def _second(self, arm: str) -> Trained:
         p, share, parent = self.p, _woken(arm), Checkpoint(self["mlm"].path)
