@@ -34,7 +34,7 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #70ad8e0a
+# %% ../../nbs/recipes/20_sequential.ipynb #66c24c34
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=2e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -43,8 +43,8 @@ _SIZES = {
                  arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.57", "open"]),
     "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=8, mlm_steps=10_000, seq_steps=10_000, mlm_rate=5e-4,
                  rate=1e-3, probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment", "parse", "translation"],
-                 arms=["mlm", "denoise", "omit", "spans", "small", "denoise.encoder", "omit.encoder", "small.encoder", "denoise.encoder+mlm",
-                       "frozen", "wake@0.3", "wake@0.57", "open", "gradual@0.3", "copy@0.57", "fuse@0.57"])}
+                 arms=["mlm", "denoise", "omit", "spans", "small", "denoise.encoder", "omit.encoder", "small.encoder",
+                       "denoise.encoder+mlm", "frozen", "wake@0.3", "wake@0.57", "open", "gradual@0.3", "copy@0.57", "fuse@0.57"])}
 _CLASSES = {"pre": (RobertaPreLayerNormForMaskedLM, MBartForConditionalGeneration), "post": (BertForMaskedLM, BartForConditionalGeneration)}
 _SCRATCH = {"denoise": "denoise", "omit": "omit", "spans": "spans", "small": "denoise"}   # arm -> objective
 _ENCODERS = ("mlm", *(f"{arm}.encoder{more}" for arm in _SCRATCH for more in ("", "+mlm")))
