@@ -135,9 +135,9 @@ def room(model: torch.nn.Module) -> int:    # tokens; 2**30 where there is no en
     begins = [m.padding_idx for name, m in model.named_modules() if name.endswith("position_embeddings")]
     return places - max([i + 1 for i in begins if i is not None], default=0)
 
-# %% ../../nbs/core/86_heads.ipynb #c8351aeb
+# %% ../../nbs/core/86_heads.ipynb #3d976954
 def greedy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast,
-           longest: int,                        # tokens to be written at most
+           longest: int,                        # tokens to be written at most; fewer where the model has not so many places
            ) -> None:
     "Settle how a seq2seq model writes."
     first = lambda *ids: next((i for i in ids if i is not None), None)
@@ -145,5 +145,5 @@ def greedy(model: torch.nn.Module, tokenizer: PreTrainedTokenizerFast,
     config.pad_token_id = first(getattr(config, "pad_token_id", None), tokenizer.pad_token_id)
     begin = first(getattr(config, "decoder_start_token_id", None), tokenizer.bos_token_id, tokenizer.cls_token_id, config.pad_token_id)
     config.decoder_start_token_id = begin
-    model.generation_config = GenerationConfig(max_new_tokens=longest, do_sample=False, num_beams=1, use_cache=True, eos_token_id=end,
-                                               decoder_start_token_id=begin, pad_token_id=config.pad_token_id)
+    model.generation_config = GenerationConfig(max_new_tokens=min(longest, room(model)), do_sample=False, num_beams=1, use_cache=True,
+                                               eos_token_id=end, decoder_start_token_id=begin, pad_token_id=config.pad_token_id)
