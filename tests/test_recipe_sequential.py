@@ -55,7 +55,7 @@ def test_runs_beside_each_other_are_told_by_what_they_differ_in():
     (dict(arms=[]), "arms is an empty list"), (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["x: labels:y"]), "says not what it is tested on"),
     (dict(text="text:x.txt", tasks=["pos"]), "one of the toy world"), (dict(text="world:a", tasks=["translation"]), "translation wants two languages"),
     (dict(width=30), "width cannot be 30"), (dict(seq_steps=0), "seq_steps cannot be 0"), (dict(rate=0.0), "rate cannot be 0"), (dict(mlm_rate=-1.0), "mlm_rate cannot be -1"), (dict(mask_rate=1.5), "rate=1.5"),
-    (dict(embeddings="dream"), "way with the embeddings"), (dict(norm="before"), "place of the norms"), (dict(text="wrld:a"), "did you mean 'world:'")])
+    (dict(embeddings="dream"), "way with the embeddings"), (dict(arms=["wake@0.99"]), "in step 17, and the last step is 16"), (dict(arms=["gradual@0.95"]), "step 17"), (dict(norm="before"), "place of the norms"), (dict(text="wrld:a"), "did you mean 'world:'")])
 def test_wishes_that_cannot_be(wish, says):
     with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)
 

@@ -34,7 +34,7 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #66c24c34
+# %% ../../nbs/recipes/20_sequential.ipynb #c5c5d790
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=2e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -79,6 +79,10 @@ def _check(p: SimpleNamespace) -> None:
             raise unknown("arm", arm, [*_ENCODERS, *_SCRATCH, "frozen", "open", "wake@0.57", "gradual@0.3", "copy@0.57", "fuse@0.57"])
     for key in ("mlm_steps", "seq_steps", "two_steps", "words", "batch", "width", "layers", "heads", "probe_steps", "examples"):
         number(f"parameter {key}", getattr(p, key), 1)
+    for arm in p.arms:   # a round step is soon one too far in a short training
+        share, layers = _woken(arm), p.layers if arm.startswith("gradual") else 1
+        if arm != "frozen" and share and (last := round(share*p.two_steps) + layers - 1) >= p.two_steps:
+            raise Refusal(f"the arm {arm} wakes its encoder in step {last}, and the last step is {p.two_steps - 1}", "wake it earlier")
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
     for key in ("mlm_rate", "rate"):
