@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #8071081c
+# %% ../../nbs/recipes/20_sequential.ipynb #70539b05
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -23,6 +23,7 @@ from ..core.errors import Refusal, number, unknown
 from ..core.examples import TASKS
 from ..core.examples import examples as labelled
 from ..core.files import fingerprint
+from ..core.layout import layout
 from ..core.ledger import Cost, lineage
 from ..core.mix import opened
 from ..core.objectives import objective, shape
@@ -34,11 +35,11 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #c5c5d790
+# %% ../../nbs/recipes/20_sequential.ipynb #aa52a860
 _SIZES = {
-    "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=2e-3, rate=4e-3,
+    "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=4e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
-    "demo": dict(words=1_000_000, vocab=500, length=64, batch=16, width=64, layers=2, mlm_steps=1500, seq_steps=1500, mlm_rate=2e-3,
+    "demo": dict(words=1_000_000, vocab=500, length=64, batch=16, width=64, layers=2, mlm_steps=1500, seq_steps=1500, mlm_rate=4e-3,
                  rate=4e-3, probe_steps=150, examples=1000, tasks=["pos", "entities", "parse"],
                  arms=["mlm", "denoise", "denoise.encoder", "frozen", "wake@0.57", "open"]),
     "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=8, mlm_steps=10_000, seq_steps=10_000, mlm_rate=5e-4,
@@ -113,12 +114,18 @@ def _probe(task: str, p: SimpleNamespace) -> Probe:
     tests = {lang: spec(lang, "&split=test") for lang in (langs[:1] if into else langs)}
     return Probe(task, spec(langs[0], f"&n={p.examples}"), tests, steps=p.probe_steps)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #845c89c9
+# %% ../../nbs/recipes/20_sequential.ipynb #10a10dec
+@torch.no_grad()
 def _new(p: SimpleNamespace, text: Text, seed: int, which: int, **sizes: Any) -> PreTrainedModel:
-    "An encoder (0) or a seq2seq model (1), drawn from a seed."
+    "An encoder (0) or a seq2seq model (1), drawn from a seed; the encoder's positions begin as waves."
     torch.manual_seed(seed)
     kind = _CLASSES[p.norm][which]
-    return kind(kind.config_class(vocab_size=len(text.tokenizer), max_position_embeddings=p.length + 8, **text.ids, **sizes))
+    model = kind(kind.config_class(vocab_size=len(text.tokenizer), max_position_embeddings=p.length + 8, **text.ids, **sizes))
+    lay = layout(model.config, kind.__name__)
+    table = model.get_parameter(lay.one("embed.position", list(lay.layers)[0]).name)        # [positions, D]
+    angle = torch.arange(len(table))[:, None] * 1000.0**(-torch.arange(0, p.width, 2)/p.width)
+    table.copy_(3*p.width**-0.5 * torch.cat([angle.sin(), angle.cos()], 1))
+    return model
 
 def _encoder(p: SimpleNamespace, text: Text, seed: int) -> PreTrainedModel:
     return _new(p, text, seed, 0, hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
