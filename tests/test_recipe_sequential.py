@@ -11,7 +11,7 @@ from seqwarm.core.text import Text
 from seqwarm.methods.graft import graft
 from seqwarm.recipes.sequential import Models, claims_of, compared, measure, pairs, shortfall, sized
 
-WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, mask_rate=0.15, embeddings="sleep", norm="pre", family=None, two_steps=None)
+WISH = dict(seeds=[0], text="world:a + world:b", valid=None, heads=4, mask_rate=0.15, apart=0.5, embeddings="sleep", norm="pre", family=None, two_steps=None)
 
 def rows(**arms):
     "arm -> (kind, units, {measure: values of the seeds})"
@@ -54,7 +54,7 @@ def test_runs_beside_each_other_are_told_by_what_they_differ_in():
     (dict(arms=["mml"]), "did you mean 'mlm'"), (dict(arms=["wake@1.0"]), "wakes its encoder at no moment"), (dict(arms=["wake@half"]), "wakes its encoder at no moment"),
     (dict(arms=[]), "arms is an empty list"), (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["x: labels:y"]), "says not what it is tested on"),
     (dict(text="text:x.txt", tasks=["pos"]), "one of the toy world"), (dict(text="world:a", tasks=["translation"]), "translation wants two languages"),
-    (dict(width=30), "width cannot be 30"), (dict(seq_steps=0), "seq_steps cannot be 0"), (dict(rate=0.0), "rate cannot be 0"), (dict(mlm_rate=-1.0), "mlm_rate cannot be -1"), (dict(mask_rate=1.5), "rate=1.5"),
+    (dict(width=30), "width cannot be 30"), (dict(seq_steps=0), "seq_steps cannot be 0"), (dict(rate=0.0), "rate cannot be 0"), (dict(mlm_rate=-1.0), "mlm_rate cannot be -1"), (dict(mask_rate=1.5), "rate=1.5"), (dict(apart=1.5), "apart cannot be 1.5"),
     (dict(embeddings="dream"), "way with the embeddings"), (dict(arms=["wake@0.99"]), "in step 17, and the last step is 16"), (dict(arms=["gradual@0.95"]), "step 17"), (dict(norm="before"), "place of the norms"), (dict(text="wrld:a"), "did you mean 'world:'")])
 def test_wishes_that_cannot_be(wish, says):
     with pytest.raises(Refusal, match=says): sized("smoke", **WISH | wish)

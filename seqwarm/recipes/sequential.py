@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #70539b05
+# %% ../../nbs/recipes/20_sequential.ipynb #dc50a4e9
 from collections.abc import Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -35,7 +35,7 @@ from ..core.train import Trained, evaluate, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #aa52a860
+# %% ../../nbs/recipes/20_sequential.ipynb #c1df1df5
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=4e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -88,14 +88,22 @@ def _check(p: SimpleNamespace) -> None:
     for seed in p.seeds: number("parameter seeds", seed, 0)
     for key in ("mlm_rate", "rate"):
         if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "a learning rate is above 0")
+    if not 0 <= p.apart <= 1: raise Refusal(f"parameter apart cannot be {p.apart:g}", "give a share, from 0 to 1")
     if p.width % p.heads: raise Refusal(f"parameter width cannot be {p.width}", f"give a multiple of the {p.heads} attention heads")
     if p.embeddings not in ("sleep", "awake"): raise unknown("way with the embeddings", p.embeddings, ["sleep", "awake"])
     if p.norm not in _CLASSES: raise unknown("place of the norms", p.norm, _CLASSES)
     objective(_mlm(p))
     for task in p.tasks: _probe(task, p)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #5e13bf23
-def _mlm(p: SimpleNamespace) -> str: return f"mlm?rows=whole&rate={p.mask_rate:g}"
+# %% ../../nbs/recipes/20_sequential.ipynb #e53dbfea
+def _mlm(p: SimpleNamespace, rows: str = "whole") -> str: return f"mlm?rows={rows}&rate={p.mask_rate:g}"
+
+def _mlm_stages(p: SimpleNamespace) -> list[Stage]:
+    "One schedule: documents apart at first, so that a masked token has few others to look at, then the rows that a seq2seq model reads."
+    apart = round(p.apart*p.mlm_steps)
+    parts = [(apart, "apart"), (p.mlm_steps - apart, "whole")]
+    stages = [Stage(n, p.mlm_rate, _mlm(p, rows)) for n, rows in parts if n]
+    return [stages[0], *(replace(s, continues=True, warmup=0.0) for s in stages[1:])]
 
 def _probe(task: str, p: SimpleNamespace) -> Probe:
     "A task of the toy world by its name, or `NAME: TRAIN -> LANG=TEST, LANG=TEST`."
@@ -138,7 +146,7 @@ def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> 
                 dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"],
                 forced_eos_token_id=None, **sides)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #ee4f81d2
+# %% ../../nbs/recipes/20_sequential.ipynb #0897092e
 class Models:
     "The models of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -163,7 +171,7 @@ class Models:
         return Checkpoint(out)
 
     def _mlm(self) -> Trained:
-        return self._train("mlm", _encoder(self.p, self.text, self.seed), [Stage(self.p.mlm_steps, self.p.mlm_rate, _mlm(self.p))])
+        return self._train("mlm", _encoder(self.p, self.text, self.seed), _mlm_stages(self.p))
 
     def _scratch(self, arm: str) -> Trained:
         layers = min(2, (self.p.layers + 1)//2) if arm == "small" else self.p.layers
