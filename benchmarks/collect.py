@@ -15,7 +15,8 @@ def main(folders: list[str]) -> None:
         name = f"{record['recipe']}-{record['name']}"
         kept = {k: v for k, v in record.items() if k not in ("page", "name")}
         (RESULTS/f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-        if (figure := folder/"figures"/"tokens.svg").exists(): shutil.copy(figure, RESULTS/f"{name}.svg")
+        for figure in (folder/"figures"/f"{by}.svg" for by in ("tokens", "flops")):   # of the loss, by what the recipe draws it
+            if figure.exists(): shutil.copy(figure, RESULTS/f"{name}.svg")
     for recipe in {p.stem.split("-")[0] for p in RESULTS.glob("*-*.json")}:
         tables = {p.stem.removeprefix(f"{recipe}-"): json.loads(p.read_text())["table"] for p in sorted(RESULTS.glob(f"{recipe}-*.json"))}
         table = pd.concat([pd.DataFrame(t).assign(run=name) for name, t in tables.items()])

@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RECORDS = {p.stem: json.loads(p.read_text()) for p in sorted((ROOT/"results").glob("clp-*.json"))}
+RECORDS = {p.stem: json.loads(p.read_text()) for p in sorted((ROOT/"results").glob("*-*.json"))}
 
 def test_readme_is_the_index_as_it_runs(tmp_path):
     subprocess.run([sys.executable, "-m", "nbconvert", "--to", "markdown", "--execute", "--no-input", "--output-dir", tmp_path, "--output", "README", "nbs/index.ipynb"],
@@ -14,7 +14,8 @@ def test_readme_is_the_index_as_it_runs(tmp_path):
 
 @pytest.mark.parametrize("name", RECORDS)
 def test_the_table_of_results_is_that_of_the_records(name):
-    table = pd.read_csv(ROOT/"results"/"clp.csv").query("run == @name.removeprefix('clp-')").drop(columns="run").reset_index(drop=True)
+    recipe, _, run = name.partition("-")
+    table = pd.read_csv(ROOT/"results"/f"{recipe}.csv").query("run == @run").drop(columns="run").reset_index(drop=True)
     record = pd.DataFrame(RECORDS[name]["table"]).round(5)
     pd.testing.assert_frame_equal(table[record.columns], record, check_dtype=False)
 

@@ -199,10 +199,9 @@ class Models:
         else: stages = frozen_then(p.two_steps, wake_at, start.layout, **how)
         return self._train(arm, model, stages, (start.card,))
 
-# %% ../../nbs/recipes/20_sequential.ipynb #36551337
+# %% ../../nbs/recipes/20_sequential.ipynb #1f634ff0
 def _sentinels(p: SimpleNamespace) -> tuple[str, ...]:
-    "The sentinels that rows of this length need, if there is an arm that writes them."
-    if not any(a.split(".")[0] == "spans" for a in p.arms): return ()
+    "The sentinels that rows of this length need."
     S, T = shape("spans", p.length)
     return tuple(f"<extra_id_{i}>" for i in range((S + T - 1 - p.length)//2))   # each stands in what is read, and in what is written
 
