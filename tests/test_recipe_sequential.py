@@ -31,17 +31,17 @@ def test_claims_on_rows_made_up():
              **{"denoise.encoder": ("encoder", 10, {"pos/a accuracy": [70.0] * 3}), "denoise.encoder+mlm": ("encoder", 11, {"pos/a accuracy": [74.0] * 3}),
                 "wake@0.5": ("seq2seq", 8, {"loss": [2.05, 2.15, 2.25]} | some), "frozen": ("seq2seq", 7, {"loss": [3.0, 3.1, 3.2]} | some)})
     paired = pd.DataFrame(dict(arm=["denoise", "wake@0.5", "frozen"], units_saved=[0.0, 0.2, 0.4], seed=0))
-    assert claims_of(t, paired) == {"seq-extract": pytest.approx(10), "seq-remedies": pytest.approx(0.6), "seq-match": 1.0, "seq-cost": pytest.approx(0.2)}
-    one = claims_of(t[t.seed == 0], paired)
-    assert one["seq-match"] is None and one["seq-cost"] is None and one["seq-extract"] == pytest.approx(10)
-    assert claims_of(t[t.arm != "wake@0.5"], paired[paired.arm != "wake@0.5"])["seq-cost"] is None   # nothing that matches
+    assert claims_of(t, paired, ["pos"]) == {"seq-extract": pytest.approx(10), "seq-labelling": pytest.approx(10), "seq-remedies": pytest.approx(0.6), "seq-match": 1.0, "seq-cost": pytest.approx(0.2)}
+    one = claims_of(t[t.seed == 0], paired, [])
+    assert one["seq-match"] is None and one["seq-cost"] is None and one["seq-extract"] == pytest.approx(10) and one["seq-labelling"] is None
+    assert claims_of(t[t.arm != "wake@0.5"], paired[paired.arm != "wake@0.5"], ["pos"])["seq-cost"] is None   # nothing that matches
 
 def test_runs_beside_each_other_are_told_by_what_they_differ_in():
     t = rows(mlm=("encoder", 5, {"pos/a accuracy": [80.0]}), denoise=("seq2seq", 10, {"loss": [2.0]}),
              **{"denoise.encoder": ("encoder", 10, {"pos/a accuracy": [70.0]}), "denoise.encoder+mlm": ("encoder", 11, {"pos/a accuracy": [74.0]}),
                 "wake@0.5": ("seq2seq", 8, {"loss": [2.05]}), "open": ("seq2seq", 9, {"loss": [1.9]})}).to_dict("records")
     saved = [dict(arm=a, seed=0, units_saved=x) for a, x in (("denoise", 0.0), ("wake@0.5", 0.2), ("open", 0.1))]
-    record = lambda **p: dict(parameters=dict(name=str(p), width=32, norm="pre", seeds=[0]) | p, table=t, pairs=saved)
+    record = lambda **p: dict(parameters=dict(name=str(p), width=32, norm="pre", seeds=[0]) | p, table=t, pairs=saved, labelling=["pos"])
     got = compared([record(width=16), record(), record(norm="post", seeds=[1])])
     assert list(dict.fromkeys(got.setting)) == ["width 16, norm pre", "width 32, norm pre", "width 32, norm post"]
     first = got[got.setting == "width 16, norm pre"].set_index(["claim", "arm"])

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #dc50a4e9
-from collections.abc import Iterator
+# %% ../../nbs/recipes/20_sequential.ipynb #8f1663aa
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -95,7 +95,11 @@ def _check(p: SimpleNamespace) -> None:
     objective(_mlm(p))
     for task in p.tasks: _probe(task, p)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #e53dbfea
+# %% ../../nbs/recipes/20_sequential.ipynb #d99bcf96
+def _labelling(p: SimpleNamespace) -> list[str]:
+    "The tasks that label sequences."
+    return [t.name for t in (_probe(t, p) for t in p.tasks) if labelled(t.train).kind == "tags"]
+
 def _mlm(p: SimpleNamespace, rows: str = "whole") -> str: return f"mlm?rows={rows}&rate={p.mask_rate:g}"
 
 def _mlm_stages(p: SimpleNamespace) -> list[Stage]:
@@ -241,7 +245,7 @@ def shortfall(table: pd.DataFrame, arm: str, reference: str = "denoise") -> pd.S
     error = np.sqrt(var[arm]/n[arm] + var[reference]/n[reference])
     return (mean[reference] - mean[arm]) * np.where(np.array(columns) == "loss", -1, 1) / error
 
-# %% ../../nbs/recipes/20_sequential.ipynb #f6114818
+# %% ../../nbs/recipes/20_sequential.ipynb #811b01b7
 _ASIDE = ("name", "runs", "beside", "scale", "seeds", "arms", "tasks", "valid", "threads")   # what does not make a setting
 
 def _settings(parameters: list[dict[str, Any]]) -> list[str]:
@@ -249,37 +253,45 @@ def _settings(parameters: list[dict[str, Any]]) -> list[str]:
     keys = [k for k in parameters[0] if k not in _ASIDE and len({str(p.get(k)) for p in parameters}) > 1]
     return [", ".join(f"{k} {p.get(k)}" for k in keys) or "this run" for p in parameters]
 
-def _of_seed(t: pd.DataFrame, saved: dict[str, float]) -> Iterator[tuple[str, str, str, float]]:
+def _lost(encoders: pd.DataFrame,    # rows by arm, a column a probe
+          labelling: Sequence[str],   # the tasks that label sequences
+          ) -> pd.DataFrame:          # columns all, labelling
+    "Points that each encoder loses on the MLM encoder; nothing without one, or without the extracted one."
+    if not {"mlm", "denoise.encoder"} <= set(encoders.index): return pd.DataFrame(columns=["all", "labelling"])
+    lost = encoders.loc["mlm"] - encoders.drop("mlm")
+    return pd.DataFrame({"all": lost.mean(axis=1), "labelling": lost[[c for c in lost if c.split("/")[0] in labelling]].mean(axis=1)})
+
+def _of_seed(t: pd.DataFrame, saved: dict[str, float], labelling: Sequence[str]) -> Iterator[tuple[str, str, str, float]]:
     "Claim, arm, measure and value, from the rows of one seed by arm."
-    points = t.loc[t.kind == "encoder", [c for c in t if "/" in c]].apply(pd.to_numeric).dropna(axis=1, how="all")
-    if {"mlm", "denoise.encoder"} <= set(points.index):
-        lost = points.loc["mlm"] - points
-        yield from (("seq-extract", "denoise.encoder", measure, x) for measure, x in lost.loc["denoise.encoder"].items())
-        of = lost.loc["denoise.encoder"].mean()
-        yield from (("seq-remedies", arm, "share", x/of) for arm, x in lost.drop(["mlm", "denoise.encoder"]).mean(axis=1).items() if of > 0)
+    encoders = t.loc[t.kind == "encoder", [c for c in t if "/" in c]].apply(pd.to_numeric).dropna(axis=1, how="all")
+    if len(lost := _lost(encoders, labelling)):
+        by = encoders.loc["mlm"] - encoders.loc["denoise.encoder"]
+        yield from (("seq-extract", "denoise.encoder", measure, x) for measure, x in by.items())
+        gap, rest = lost.labelling["denoise.encoder"], lost.labelling.drop("denoise.encoder")
+        yield from (("seq-remedies", arm, "share", x/gap) for arm, x in rest.items() if gap > 0)
     for arm in (a for a in t.index if _woken(a) is not None and "denoise" in t.index):
         behind = t.loss[arm] - t.loss["denoise"]
         yield from (("seq-match", arm, "loss", behind), ("seq-cost", arm, "matches" if behind <= 0 else "does not", 100*saved[arm]))
 
-def compared(records: list[dict[str, Any]]   # of runs: parameters, table, pairs
+def compared(records: list[dict[str, Any]]   # of runs: parameters, table, pairs, labelling
              ) -> pd.DataFrame:              # columns setting, arm, seed, claim, measure, value
     "What each claim is about, arm by arm, in several runs."
     rows, columns = [], ["setting", "seed", "claim", "arm", "measure", "value"]
     for setting, r in zip(_settings([r["parameters"] for r in records]), records):
         for seed, t in pd.DataFrame(r["table"]).groupby("seed"):
             saved = {x["arm"]: x["units_saved"] for x in r["pairs"] if x["seed"] == seed}
-            rows += [(setting, seed, *row) for row in _of_seed(t.set_index("arm"), saved)]
+            rows += [(setting, seed, *row) for row in _of_seed(t.set_index("arm"), saved, r["labelling"])]
     return pd.DataFrame(rows, columns=columns)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #94157b72
-def claims_of(table: pd.DataFrame, paired: pd.DataFrame) -> dict[str, Any]:
+# %% ../../nbs/recipes/20_sequential.ipynb #a4f2bd77
+def claims_of(table: pd.DataFrame, paired: pd.DataFrame, labelling: Sequence[str]) -> dict[str, Any]:
     "What was measured of each claim, by its id in claims.toml."
-    claims = dict.fromkeys(("seq-extract", "seq-remedies", "seq-match", "seq-cost"))
-    points = table[table.kind == "encoder"].groupby("arm")[[c for c in table if "/" in c]].mean().dropna(axis=1, how="all").mean(axis=1)
-    if {"mlm", "denoise.encoder"} <= set(points.index):
-        claims["seq-extract"] = gap = points["mlm"] - points["denoise.encoder"]
-        rest = points.drop(["mlm", "denoise.encoder"])
-        if len(rest) and gap > 0: claims["seq-remedies"] = float((points["mlm"] - rest.max())/gap)
+    claims = dict.fromkeys(("seq-extract", "seq-labelling", "seq-remedies", "seq-match", "seq-cost"))
+    encoders = table[table.kind == "encoder"].groupby("arm")[[c for c in table if "/" in c]].mean().dropna(axis=1, how="all")
+    if len(lost := _lost(encoders, labelling)):
+        claims["seq-extract"], gap = (None if np.isnan(x) else float(x) for x in lost.loc["denoise.encoder"])
+        claims["seq-labelling"], rest = gap, lost.labelling.drop("denoise.encoder")
+        if len(rest) and gap and gap > 0: claims["seq-remedies"] = float(rest.min()/gap)
     behind = {a: shortfall(table, a) for a in paired.arm.unique() if _woken(a) is not None and "denoise" in set(table.arm)}
     behind = {a: z for a, z in behind.items() if z.notna().any()}
     if behind:
