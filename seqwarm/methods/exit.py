@@ -100,7 +100,7 @@ class Exited:
         "Share of all pairs of a layer and a token that were computed."
         return float(self.depth.sum()) / max(len(self.work) * int((self.depth > 0).sum()), 1)
 
-# %% ../../nbs/methods/45_exit.ipynb #760a05fc
+# %% ../../nbs/methods/45_exit.ipynb #e5451688
 def _shown(mask: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
     "From a mask as models take it, [B, S] or [B, 1, S, S]: the tokens that count, and what is added to the scores."
     if mask is None: return torch.ones(x.shape[:2], dtype=torch.bool, device=x.device), None
@@ -123,6 +123,9 @@ class Exiting(torch.nn.Module):
         for h in new: torch.nn.init.normal_(h.weight, 0, encoder.config.initializer_range); torch.nn.init.zeros_(h.bias)
         self.exits = torch.nn.ModuleList([*new, head] if head else new)
         self.train(encoder.training)
+
+    @property
+    def config(self) -> Any: return self.encoder.config
 
     def _module(self, role: str, layer: int | None = None) -> torch.nn.Module | None:
         "The module that holds a tensor of the encoder."
@@ -153,9 +156,9 @@ def _below(self: Exiting, given: dict) -> tuple[torch.Tensor, torch.Tensor | Non
     if not (relative := self.layout.find("attn.relative")): return x, None
     return x, self.encoder.get_submodule(relative[0].name.split(".")[0]).compute_position_bias(x[:1])
 
-# %% ../../nbs/methods/45_exit.ipynb #d4c03e7b
+# %% ../../nbs/methods/45_exit.ipynb #52efbe4b
 def _forward(self: Exiting, input_ids: torch.Tensor | None = None, attention_mask: torch.Tensor | None = None,
-             real: torch.Tensor | None = None,      # [B, S] tokens that count; by default those that the mask shows
+             real: torch.Tensor | None = None,      # [B, S] tokens that count, by default those that see themselves
              **given: Any) -> Exited:               # position_ids, token_type_ids, inputs_embeds
     "Through the layers, and out where it is certain."
     x, bias = _below(self, dict(given, input_ids=input_ids))
@@ -180,7 +183,7 @@ def _forward(self: Exiting, input_ids: torch.Tensor | None = None, attention_mas
 
 Exiting.forward = _forward
 
-# %% ../../nbs/methods/45_exit.ipynb #9b1ebf87
+# %% ../../nbs/methods/45_exit.ipynb #b50dac74
 _READY = ("bert", "roberta", "roberta_prelayernorm", "mpnet", "electra")      # tables whose layers the gathered step knows
 
 def _threshold(value: float) -> float:
@@ -191,7 +194,7 @@ def exiting(encoder: torch.nn.Module,               # of transformers, bare or w
             every: int = 2,                         # k: layers from one exit to the next
             threshold: float = 0.95,                # of certainty, above which one leaves; 1: nobody does
             by: str = "token",                      # token | sequence: who leaves
-            head: torch.nn.Module | None = None,    # detection head on the last layer, hidden -> 1; by default a fresh one
+            head: torch.nn.Module | None = None,    # detection head on the last layer, [n, D] -> [n, 1]; by default a fresh one
             ) -> Exiting:
     "An encoder that tokens or sequences leave when it is certain whether they were replaced."
     encoder = getattr(encoder, "base_model", encoder)
