@@ -37,7 +37,8 @@ def arm(kind: str, sizes: tuple[int, ...], by: str, share: float, device: torch.
     torch.manual_seed(0)
     config = Config(vocab_size=4000, hidden_size=width, num_hidden_layers=layers, num_attention_heads=max(width // 64, 1),
                     intermediate_size=4*width, max_position_embeddings=S + 2, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
-    model = exiting(Model(config, add_pooling_layer=False).to(device).train(), layers if by == "plain" else 2, 1.0, "sequence" if by == "sequence" else "token")
+    encoder = Model(config, add_pooling_layer=False).to(device).train()
+    model = exiting(encoder, layers if by == "plain" else 2, 1.0, "sequence" if by == "sequence" else "token")
     adam = torch.optim.AdamW(model.parameters(), 1e-4)
     def step(i: int) -> tuple[float, float, int]:
         g = torch.Generator().manual_seed(i)
