@@ -163,7 +163,7 @@ def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, token
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
-# %% ../../nbs/methods/40_metro.ipynb #66c13909
+# %% ../../nbs/methods/40_metro.ipynb #53162db9
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -185,9 +185,9 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     auxiliary = _young(main, layers, dropout, seed) if auxiliary is None else _found(auxiliary, main, tokenizer)
     if "eager" in (kinds := {m.config._attn_implementation for m in (main, auxiliary)}) and len(kinds) > 1:
         for m in (main, auxiliary): m.set_attn_implementation("eager")      # one mask for both
-    made = Pair(main, auxiliary, given, still)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); made.detect.weight.data.normal_(0, main.config.initializer_range)
+        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still)
+        made.detect.weight.data.normal_(0, main.config.initializer_range)
     made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
     made.detect.to(main.device, main.dtype)
     return made

@@ -1,0 +1,22 @@
+"""A small training of a pair, for tests that need processes of their own: python train_metro.py FOLDER STORE [auxiliary]."""
+import sys
+import torch
+from transformers import BertConfig, BertForMaskedLM
+from seqwarm.core.train import Stage, train
+from seqwarm.methods.metro import pair
+from train_small import given
+
+def mlm(tokenizer, layers: int = 2, dropout: float = 0.0) -> BertForMaskedLM:
+    "16 wide."
+    torch.manual_seed(layers)
+    return BertForMaskedLM(BertConfig(vocab_size=len(tokenizer), hidden_size=16, num_hidden_layers=layers, num_attention_heads=2, intermediate_size=32,
+                                      max_position_embeddings=20, pad_token_id=tokenizer.pad_token_id, hidden_dropout_prob=dropout,
+                                      attention_probs_dropout_prob=dropout))
+
+def main(folder: str, store: str, dropout: float = 0.0, auxiliary: str | None = None, **changed):
+    data = given(folder)
+    made = pair(mlm(data["tokenizer"], dropout=dropout), auxiliary=auxiliary, tokenizer=data["tokenizer"])
+    stages = [Stage(6, 5e-3, "metro?rate=0.3&heat=2&tau=0.5", frozen=made.idle)]
+    return train(made, stages=stages, store=store, **data, **dict(batch=4, every=3, save_every=2, sequences=8) | changed)
+
+if __name__ == "__main__": main(*sys.argv[1:3], 0.0, *sys.argv[3:])
