@@ -176,11 +176,11 @@ def test_measures_against_plain_ones():
 # ---------------------------------------------------------------- objective and models
 
 def test_the_objective_masks_what_mlm_asks_and_hands_out_its_own_chance():
-    x, ids = batch(rate=0.2); plain, _ = batch(rate=0.2, step=0), None
+    x, ids = batch(rate=0.2)
     asked = x["labels"] != -100
     assert (x["input_ids"][asked] == 4).all() and (x["input_ids"][~asked] == torch.from_numpy(ids)[~asked]).all() and not asked[:, [0, 8]].any()
     packed = Packed(ids, np.repeat([[0] * 8 + [1] * 6], B, 0), np.zeros_like(ids), np.arange(B))
-    assert torch.equal(objective("mlm?rate=0.2")(packed, Draws(0, 0, np.arange(B)), mlm().config, Tok())["labels"], x["labels"]) and plain
+    assert torch.equal(objective("mlm?rate=0.2")(packed, Draws(0, 0, np.arange(B)), mlm().config, Tok())["labels"], x["labels"])
     some = np.array([4, 1]); part = Packed(ids[some], packed.segments[some], packed.positions[some], some)
     few = objective("metro?rate=0.2")(part, Draws(0, 0, some), mlm().config, Tok())
     assert torch.equal(few["chance"], x["chance"][some]) and torch.equal(few["labels"], x["labels"][some])   # any company
@@ -209,9 +209,10 @@ def test_one_storage_for_words_and_its_own_for_the_rest(kind):
     assert twice == [n for n, p in made.auxiliary.named_parameters() if p is main.get_input_embeddings().weight]
     assert not any(isinstance(m, torch.nn.Dropout) and m.p for m in made.auxiliary.modules())
     lay = made.layout
-    assert {n for n, _ in made.named_parameters()} == {n for n in lay.stored() if n in dict(made.named_parameters())} and "detect.weight" in lay.stored()
     names = dict(made.named_parameters(remove_duplicate=False))
-    for n, t in lay.tensors.items(): assert n not in names or names[n] is names[lay.storage(t).name], n
+    assert set(names) <= set(lay.tensors) and {n for n, t in lay.stored().items() if not t.optional} <= set(names) | {n for n, _ in made.named_buffers()}
+    for n, p in names.items(): assert p is names[lay.storage(lay.tensors[n]).name], n
+    assert sum(p.numel() for p in made.parameters()) == sum(t.size for n, t in lay.stored().items() if n in names)
 
 def test_shrink_scales_what_writes_into_the_state():
     for kind in ("mpnet", "prenorm"):
