@@ -190,6 +190,15 @@ def test_the_objective_masks_what_mlm_asks_and_hands_out_its_own_chance():
         hot = objective("metro?heat=3&tau=0.2")(packed, Draws(0, 0, np.arange(B), share), mlm().config, Tok())["temperature"]
         assert np.allclose(hot, 1 + 2 * math.exp(-share / 0.2))
 
+def test_gradient_shares_are_those_of_each_loss_alone():
+    made = pair(mlm()); x, _ = batch(); n, norms = made.counts(x), []
+    for k, w in enumerate((1.0, 50.0, 1.0)):
+        made.zero_grad(); (made(**x)[k] * w / n[k]).backward()
+        norms.append(math.sqrt(sum(p.grad.square().sum().item() for p in made.main.base_model.parameters() if p.grad is not None)))
+    made.zero_grad(); told = made.shares(x)
+    assert [told[k] for k in ("aux", "rtd", "clm")] == pytest.approx([v / sum(norms) for v in norms], rel=1e-4) and not any(p.grad is not None for p in made.parameters())
+    alone = pair(mlm(), weights=dict(clm=0)); assert alone.shares(x)["clm"] == 0
+
 def test_relative_bins_are_thirty_two():
     "MPNet's: exact to distance 7, then logarithmic to 128, either side on its own."
     def bin_of(i, j):
@@ -281,8 +290,8 @@ def test_accumulated_parts_are_one_batch(folder):
 
 def test_two_ranks_are_one(folder):
     one = train_metro.main(str(folder), str(folder/"one"))
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port", str(random.randint(20000, 60000)), Path(train_metro.__file__),
-                    folder, folder/"two"], check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    subprocess.run([sys.executable, Path(train_metro.__file__), folder, folder/"two", str(random.randint(20000, 60000))],
+                   check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
     [history] = (folder/"two").glob("*/history.json"); rows = json.loads(history.read_text())
     for k in ("loss", "aux", "rtd", "clm", "spread"): assert np.allclose([r[k] for r in rows], one.history[k], rtol=1e-5), k
 
@@ -305,7 +314,7 @@ def test_refusals(folder, calm):
         "rate=0 of": lambda: objective("metro?rate=0"), "rate=1 of": lambda: objective("metro?rate=1"), "heat=0 of": lambda: objective("metro?heat=0"),
         "40 tokens and the main model": lambda: pair(main, auxiliary=mlm()), "tokenizer of the auxiliary .* differs": lambda: pair(main, auxiliary=folder/"other", tokenizer=tokenizer),
         "give tokenizer=": lambda: pair(main, auxiliary=calm.path/"auxiliary"), "no loss of METRO 'rdt'": lambda: pair(main, weights=dict(rdt=1)),
-        "cannot be -1": lambda: pair(main, weights=dict(rtd=-1)), "layers of the auxiliary": lambda: pair(main, layers=0),
+        "cannot be -1": lambda: pair(main, weights=dict(rtd=-1)), "prior cannot be 1": lambda: pair(main, prior=1), "layers of the auxiliary": lambda: pair(main, layers=0),
         "no head over the vocabulary": lambda: pair(BertModel(main.config)),
         "no encoder for METRO 'gpt2'": lambda: pair(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_head=1, n_layer=1))),
         "nothing trains main/head": lambda: pair(main, weights=dict(clm=0)).train()(**batch()[0]),

@@ -163,7 +163,7 @@ def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, token
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
-# %% ../../nbs/methods/40_metro.ipynb #53162db9
+# %% ../../nbs/methods/40_metro.ipynb #fc7bd677
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -188,6 +188,7 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed); made = Pair(main, auxiliary, given, still)
         made.detect.weight.data.normal_(0, main.config.initializer_range)
+    if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
     made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
     made.detect.to(main.device, main.dtype)
     return made
@@ -240,6 +241,18 @@ def _read(self: Pair, totals: torch.Tensor) -> dict[str, float]:
                 precision=over(hits, said), over_base=over(means[1], base), spread=over(apart, rows))
 
 Pair.tally, Pair.read = _tally, _read
+
+# %% ../../nbs/methods/40_metro.ipynb #cded2354
+def _shares(self: Pair, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+    "Share of each loss in the sum of their gradients' norms, in the main model without its head."
+    body, n = [p for p in self.main.base_model.parameters() if p.requires_grad], self.counts(inputs).clamp(min=1)
+    sums, norms = _pass(self, inputs)[0], []
+    for w, s, c in zip(self.weights.values(), sums, n):
+        found = torch.autograd.grad(w*s/c, body, retain_graph=True, allow_unused=True) if w and body else []
+        norms.append(sum(g.float().square().sum().item() for g in found if g is not None)**0.5)
+    return {k: x/max(sum(norms), 1e-30) for k, x in zip(self.weights, norms)}
+
+Pair.shares = _shares
 
 # %% ../../nbs/methods/40_metro.ipynb #5dd87e69
 @torch.no_grad()
