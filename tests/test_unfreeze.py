@@ -16,6 +16,7 @@ from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import layout
 from seqwarm.core.ledger import flops, units
+from seqwarm.core.losses import _nll
 from seqwarm.core.objectives import Draws, objective, shape
 from seqwarm.core.stages import Chain, Stage, asleep, chains, optimizer
 from seqwarm.core.train import _Loop, train
@@ -103,7 +104,7 @@ def test_a_sleeping_encoder_keeps_no_graph(kind):
     else: model = T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=16, d_kv=8, d_ff=32, num_layers=3, num_decoder_layers=2, num_heads=2, decoder_start_token_id=0))
     lay = lay_of(model); inputs = dict(input_ids=ids, decoder_input_ids=ids, labels=ids)
     def step(**more):
-        torch.manual_seed(1); return module._nll(model, {k: v for k, v in (inputs | more).items() if not (more and k == "input_ids")})
+        torch.manual_seed(1); return _nll(model, {k: v for k, v in (inputs | more).items() if not (more and k == "input_ids")})
     sizes = {}
     for name, frozen in dict(awake=(), embedding_awake=("encoder/",), asleep=ENCODER).items():
         optimizer(model, lay, Chain((Stage(1, frozen=frozen),)))

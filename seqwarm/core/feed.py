@@ -25,7 +25,7 @@ from .objectives import Draws, objective, shape
 from .stages import Stage
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/78_feed.ipynb #aafca81e
+# %% ../../nbs/core/78_feed.ipynb #76dbc301
 def _cut(value, parts: int) -> list:
     "A tensor in parts along its first axis; several masks by name, cut together."
     if torch.is_tensor(value): return list(value.chunk(parts))
@@ -38,6 +38,7 @@ class Feed:
     begin: int                          # number of the stage's first step
     corpus: Corpus; tokenizer: PreTrainedTokenizerFast; config: PreTrainedConfig; acc: Accelerator
     batch: int; accumulate: int; seed: int
+    over: tuple[int, int] | None = None # first step and steps of what the share done is told of; by default the stage
     kept: np.ndarray | None = None      # [P, share of the batch, S, D or (L+1) D]: the encoder's outputs of a round
 
     @property
@@ -49,9 +50,10 @@ class Feed:
 
     def parts(self, step: int) -> list[dict[str, torch.Tensor]]:
         "This rank's inputs of a step, in the parts to be accumulated."
-        step, device = self.place(step), self.acc.device
+        (first, steps), device = self.over or (self.begin, self.stage.steps), self.acc.device
+        share, step = (step - first) / steps, self.place(step)
         packed = self.corpus.sample(step * self.batch + self.acc.process_index * self.share + np.arange(self.share))
-        inputs = objective(self.stage.objective)(packed, Draws(self.seed, step, packed.samples), self.config, self.tokenizer)
+        inputs = objective(self.stage.objective)(packed, Draws(self.seed, step, packed.samples, share), self.config, self.tokenizer)
         if self.kept is not None:
             del inputs["input_ids"]
             inputs["encoder_outputs"] = torch.from_numpy(self.kept[step - self.begin]).float()

@@ -5,20 +5,22 @@
 # %% auto #0
 __all__ = ['Frozen', 'flops', 'describe', 'units', 'Cost', 'lineage', 'crossing', 'saved']
 
-# %% ../../nbs/core/70_ledger.ipynb #08e36f01
+# %% ../../nbs/core/70_ledger.ipynb #76c08df0
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from math import isfinite
 from typing import Any
 from .errors import Refusal, unknown
+from .joint import Joint
 from .layout import Layout, Tensor
 
-# %% ../../nbs/core/70_ledger.ipynb #cdebf85a
-def _tokens(t: Tensor, source: int, target: int | None) -> int:
+# %% ../../nbs/core/70_ledger.ipynb #69eb7bb5
+def _tokens(t: Tensor, source: int, target: int | None, asked: int) -> int:
     "On how many positions of a sequence a matrix works."
     if t.role.startswith("pooler"): return 1
     if t.stack == "decoder" and t.role not in ("cross.k", "cross.v", "cross.project"): return target
-    return target if t.role == "head" and target else source
+    return target if t.role == "head" and target else asked if t.role.startswith("head") else source
 
 def _attentions(layout: Layout, source: int, target: int | None) -> dict[tuple[str, str], int]:
     "(stack, 'attn' or 'cross') -> FLOPs of the scores in one layer and one sequence; the weighted values take as many."
@@ -41,11 +43,12 @@ def _lengths(layout: Layout, source: int, target: int | None) -> None:
     if target and not two: raise Refusal(f"{layout.architecture} has no decoder, so no target length", "leave target= out")
     if source < 1 or (target or 1) < 1: raise Refusal("a sequence has at least one token", "give a length of 1 or more")
 
-# %% ../../nbs/core/70_ledger.ipynb #461faac2
+# %% ../../nbs/core/70_ledger.ipynb #2f00cc9d
 class _Walk:
     "Adds up FLOPs on the way through a model from bottom to top; `backward` holds those of the gradients."
-    def __init__(self, layout: Layout, frozen: set[str], source: int, target: int | None):
+    def __init__(self, layout: Layout, frozen: set[str], source: int, target: int | None, asked: int | None = None):
         self.layout, self.frozen, self.source, self.target = layout, frozen, source, target
+        self.asked = source if asked is None else asked
         self.forward, self.backward = {}, 0     # forward FLOPs by role
         self.place = {}
         for t in layout.tensors.values(): self.place.setdefault((t.stack, t.layer), []).append(t)
@@ -57,7 +60,7 @@ class _Walk:
         "One product; `x` and the answer tell whether what goes in and what comes out require a gradient."
         for t in self.place.get((stack, layer), ()):
             if t.role == role and t.out is not None:
-                n = 2 * t.size * _tokens(t, self.source, self.target)
+                n = 2 * t.size * _tokens(t, self.source, self.target, self.asked)
                 self.forward[role] = self.forward.get(role, 0) + n
                 self.backward += n * (x + self.awake(t))
         return x or self.trained([role], stack, layer)
@@ -81,7 +84,7 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #1ea4ab2b
+# %% ../../nbs/core/70_ledger.ipynb #f34fa9c8
 def _bottom(w: _Walk, stack: str) -> bool:
     "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
     roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
@@ -115,7 +118,7 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
         h = w.matrix("head.dense", s, None, x) or w.trained(["head.norm"], s)
         w.matrix("head", s, None, h)
         for t in _embedding_as_head(w.layout) if s == "" else ():
-            w.forward["head"] = 2 * t.size * w.source
+            w.forward["head"] = 2 * t.size * w.asked
             w.backward += w.forward["head"] * (h + w.awake(t))
         for r in ("detect", "tags"):
             t = w.matrix(f"{r}.dense", s, None, x) or w.trained([f"{r}.norm"], s)
@@ -124,7 +127,7 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
         h = w.matrix("pooler.dense", s, None, h) or w.trained(["pooler.norm"], s)
         for r in ("pooler.labels", "pooler.next"): w.matrix(r, s, None, h)
 
-# %% ../../nbs/core/70_ledger.ipynb #7dcda441
+# %% ../../nbs/core/70_ledger.ipynb #62464c67
 Frozen = str | Iterable[str] | Callable[[Tensor], bool]
 
 def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
@@ -132,9 +135,9 @@ def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
     if callable(frozen): return {n for n, t in layout.stored().items() if frozen(t)}
     return set(layout.select(frozen))
 
-def _walk(layout: Layout, source: int, target: int | None, frozen: Frozen, encoder: bool = True) -> _Walk:
+def _walk(layout: Layout, source: int, target: int | None, frozen: Frozen, encoder: bool = True, asked: int | None = None) -> _Walk:
     _lengths(layout, source, target)
-    w = _Walk(layout, _frozen(layout, frozen), source, target)
+    w = _Walk(layout, _frozen(layout, frozen), source, target, asked)
     x, last = False, ""
     for stack in (s for s in layout.layers if encoder or s != "encoder"): x, last = _stack(w, stack, x), stack
     _top(w, last, x)
@@ -146,9 +149,14 @@ def flops(layout: Layout,
           train: bool = True,           # forward and backward, or forward alone
           frozen: Frozen = (),          # what is not trained
           encoder: bool = True,         # False: it does not run, its outputs are at hand
+          asked: int | None = None,     # positions at which the head of a model with one stack works; by default all
           ) -> int:                     # FLOPs of one sequence
     "Floating-point operations of the matrix products of one sequence, attention over all pairs."
-    w = _walk(layout, source, target, frozen, encoder)
+    if isinstance(layout, Joint):
+        asleep = _frozen(layout, frozen)
+        sleeps = {s: partial(lambda s, t: layout.whole(s, t).name in asleep, s) for s in layout.parts}
+        return sum(flops(part, source, target, train, sleeps[s], encoder, asked) for s, part in layout.parts.items())
+    w = _walk(layout, source, target, frozen, encoder, asked)
     return sum(w.forward.values()) + w.backward * train
 
 # %% ../../nbs/core/70_ledger.ipynb #882be408

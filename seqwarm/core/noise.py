@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 from .errors import Refusal
 
-# %% ../../nbs/core/58_noise.ipynb #1e7c3bd7
+# %% ../../nbs/core/58_noise.ipynb #abc77689
 _PHI = np.uint64(0x9E3779B97F4A7C15)
 
 def _mix(h: np.ndarray) -> np.ndarray:
@@ -23,11 +23,12 @@ class Draws:
     "Uniform numbers that depend on (seed, step, sample, stream, position) alone."
     def __init__(self,
                  seed: int, step: int,
-                 samples: np.ndarray):  # [B]: places of the samples in the global batch's order
+                 samples: np.ndarray,   # [B]: places of the samples in the global batch's order
+                 share: float = 1.0):   # how much of the training is done, for what changes on the way; no draw depends on it
         with np.errstate(over="ignore"):
             h = np.zeros(len(samples), np.uint64)
             for x in (seed, step, samples): h = _mix(h * _PHI + np.asarray(x).astype(np.uint64) + np.uint64(1))
-        self.state, self.streams = h, 0
+        self.state, self.streams, self.share = h, 0, share
 
     def uniform(self, length: int) -> np.ndarray:
         "The next stream: [B, length] float64 in [0, 1)."

@@ -77,6 +77,23 @@ def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTr
     ids = np.where(chosen & (u < 0.8), tokenizer.mask_token_id, np.where(chosen & (u >= 0.9), guess, packed.ids))
     return _inputs(packed, ids, np.where(chosen, packed.ids, -100), config, causal=False, whole=rows == "whole")
 
+# %% ../../nbs/core/60_objectives.ipynb #88c0c83d
+def _metro(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast,
+           rate: float = 0.15,     # share of the ordinary tokens that is masked
+           rows: str = "apart",    # apart | whole, as of mlm
+           heat: float = 1.0,      # T0: temperature at which the auxiliary's guesses are drawn at the beginning
+           tau: float = 0.1,       # share of the training in which what is above 1 falls to 1/e
+           ) -> dict[str, torch.Tensor]:
+    "Chosen tokens are masked, to be filled by an auxiliary model: with its chance [B, S] in (0, 1] and temperature [B]."
+    if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which metro needs", "add one or train causally")
+    B, S = packed.ids.shape
+    chosen = (draws.uniform(S) / rate < 1) & _ordinary(tokenizer)[packed.ids]
+    ids, labels = np.where(chosen, tokenizer.mask_token_id, packed.ids), np.where(chosen, packed.ids, -100)
+    chance = (1 - np.floor(draws.uniform(S) * 2**24) / 2**24).astype(np.float32)
+    heats = np.full(B, 1 + (heat - 1) * np.exp(-draws.share / tau), np.float32)
+    batch = _inputs(packed, ids, labels, config, causal=False, whole=rows == "whole")
+    return batch | dict(chance=torch.from_numpy(chance), temperature=torch.from_numpy(heats))
+
 # %% ../../nbs/core/60_objectives.ipynb #69bde702
 def _first_id(*ids: int | None) -> int | None: return next((i for i in ids if i is not None), None)
 
@@ -183,10 +200,11 @@ def spans(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pre
     labels = _woven(at, np.append(marks, end), packed.ids.ravel()[found.gone])
     return _both(_woven(found.marks, marks, _without(packed.ids, found.gone)), labels, config, tokenizer)
 
-# %% ../../nbs/core/60_objectives.ipynb #5a171629
-OBJECTIVES: dict[str, Callable] = dict(causal=causal, mlm=mlm, denoise=denoise, omit=omit, spans=spans)
+# %% ../../nbs/core/60_objectives.ipynb #32307220
+OBJECTIVES: dict[str, Callable] = dict(causal=causal, mlm=mlm, denoise=denoise, omit=omit, spans=spans, metro=_metro)
 _SENSE = {"rate": (lambda x: 0 < x < 1, "more than 0 and less than 1"), "mean": (lambda x: 1 <= x < 1e9, "at least 1"),
-          "causal": (lambda x: 0 <= x <= 1, "from 0 to 1")}
+          "causal": (lambda x: 0 <= x <= 1, "from 0 to 1"), "heat": (lambda x: 0.1 <= x <= 100, "from 0.1 to 100"),
+          "tau": (lambda x: 0 < x < 1e9, "above 0")}
 _WAYS = {"rows": ("apart", "whole")}
 
 def _read(name: str) -> tuple[str, dict]:
@@ -207,7 +225,7 @@ def _read(name: str) -> tuple[str, dict]:
         if not fits(options[key]): raise Refusal(f"{key}={value} of the objective {stem} makes no sense", f"give a number {say}")
     return stem, options
 
-# %% ../../nbs/core/60_objectives.ipynb #a9c2f8ed
+# %% ../../nbs/core/60_objectives.ipynb #d0b60dc8
 def objective(name: str) -> Callable:    # (packed, draws, config, tokenizer) -> inputs and labels
     "The objective of that name, with the options that stand behind it: 'mlm', 'mlm?rate=0.4'."
     stem, options = _read(name)
@@ -219,8 +237,13 @@ def shape(name: str,              # an objective, with options or without
     "(S, T): what a model reads of a packed row and what it writes; T is None where there is one stack."
     stem, options = _read(name)
     number("the length of a row", length, 2)
-    if stem in ("causal", "mlm"): return length, None
+    if stem in ("causal", "mlm", "metro"): return length, None
     given = {k: p.default for k, p in signature(OBJECTIVES[stem]).parameters.items()} | options
     masked, n = _counts(length, given["rate"], given["mean"])
     S = length - masked + (0 if stem == "omit" else n)
     return S, masked + n + 1 if stem == "spans" else length
+
+def _asked(name: str, length: int) -> int:
+    "How many of a row's tokens metro will mask, special ones taken for ordinary."
+    stem, options = _read(name)
+    return round(length * options.get("rate", signature(OBJECTIVES[stem]).parameters["rate"].default))

@@ -199,7 +199,7 @@ def _tokenizer(tokenizer: Any, kind: str, folder: Path) -> None:
     content = json.loads((folder/"tokenizer_config.json").read_text(encoding="utf-8"))
     write_whole(folder/"tokenizer_config.json", content | {"auto_map": []})
 
-# %% ../../nbs/core/22_write.ipynb #02059679
+# %% ../../nbs/core/22_write.ipynb #bcdec0f7
 def build(plan: Plan,
           sources: Mapping[str, Any],     # alias -> something with .names, .shape and .read
           ) -> torch.nn.Module:           # a model of transformers, in eval mode
@@ -220,9 +220,13 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
          out: str | Path,                    # the new folder
          card: Card,                         # sealed here
          ) -> Checkpoint:                    # what was written
-    "Write a trained model with tokenizer and card; the folder is whole, or not there."
+    "Write a trained model with tokenizer and card, and in folders inside what was trained with it; the folder is whole, or not there."
     with whole_folder(out) as tmp:
-        with _quiet(): model.save_pretrained(tmp)
-        _tokenizer(tokenizer, model.config.model_type, tmp)
-        card.sealed(fingerprint([file_fingerprint(f) for f in sorted(tmp.glob("model*.safetensors"))])).write(tmp)
+        for name, part in (model.saved() if hasattr(model, "saved") else {"": model}).items():
+            folder = tmp/name
+            with _quiet(): part.save_pretrained(folder)
+            _tokenizer(tokenizer, part.config.model_type, folder)
+            card = Card.child(name, card.recipe, [card]) if name else card   # what all took together is the first one's cost
+            card = card.sealed(fingerprint([file_fingerprint(f) for f in sorted(folder.glob("model*.safetensors"))]))
+            card.write(folder)
     return Checkpoint(out)
