@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #8f1663aa
+# %% ../../nbs/recipes/20_sequential.ipynb #39923a4c
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -25,13 +25,14 @@ from ..core.examples import examples as labelled
 from ..core.files import fingerprint
 from ..core.layout import layout
 from ..core.ledger import Cost, lineage
+from ..core.losses import evaluate
 from ..core.mix import opened
 from ..core.objectives import objective, shape
 from ..core.plan import Plan
 from ..core.probes import Probe, probe
 from ..core.stages import Stage
 from ..core.text import Text, with_words
-from ..core.train import Trained, evaluate, train
+from ..core.train import Trained, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
