@@ -18,6 +18,7 @@ from seqwarm.methods.graft import carry_out, extract, graft, told
 from seqwarm.methods.unfreeze import always, frozen_then
 from test_graft import EXACT, L, batch, encoder, equal, put
 import train_seq2seq
+from train_small import same, weights
 
 pytestmark = pytest.mark.usefixtures("quick")
 ALL = [(k, None) for k in EXACT if k != "roberta, pad 3"] + [(k, "encoder-decoder") for k in ("bert", "roberta-prelayernorm", "xlm-roberta-xl", "electra, narrow", "mpnet", "deberta-v2", "modernbert")]
@@ -171,8 +172,6 @@ def run(data, tmp_path_factory):
     call.folder = folder
     return call
 
-def weights(path): c = Checkpoint(path); return {n: c.read(n) for n in c.names}
-def same(a, b): x, y = weights(a.path), weights(b.path); return x.keys() == y.keys() and all(torch.equal(x[n], y[n]) for n in x) and a.history.drop(columns="seconds").equals(b.history.drop(columns="seconds"))
 def lay_of(model): return layout(model.config, type(model).__name__)
 
 def test_the_mix_learns_while_the_encoder_sleeps_and_a_killed_run_is_the_same(run, data):

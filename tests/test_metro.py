@@ -8,7 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import (AutoModel, AutoModelForMaskedLM, BertConfig, BertForMaskedLM, BertModel, ElectraConfig, ElectraForMaskedLM, GPT2Config,
                           GPT2LMHeadModel, MPNetConfig, MPNetForMaskedLM, RobertaConfig, RobertaForMaskedLM, RobertaPreLayerNormConfig,
                           RobertaPreLayerNormForMaskedLM, XLMRobertaConfig, XLMRobertaForMaskedLM)
-from seqwarm.core.checkpoint import Card, Checkpoint
+from seqwarm.core.checkpoint import Card
 from seqwarm.core.corpus import Packed
 from seqwarm.core.errors import Refusal
 from seqwarm.core.ledger import Cost, flops, lineage, units
@@ -20,6 +20,7 @@ from seqwarm.core.train import _Loop
 from seqwarm.methods import metro as module
 from seqwarm.methods.metro import pair, sample, shrink
 import train_metro
+from train_small import equal, weights
 
 V, S, B = 40, 14, 5
 SMALL = dict(vocab_size=V, hidden_size=16, num_attention_heads=2, intermediate_size=32, max_position_embeddings=20, pad_token_id=1,
@@ -55,8 +56,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(folder): return train_metro.main(str(folder), str(folder/"calm"), 0.1)
 
-def weights(path): c = Checkpoint(path); return {n: c.read(n) for n in c.names}
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 # ---------------------------------------------------------------- the losses
 

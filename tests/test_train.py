@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from seqwarm.core import train as module
-from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.objectives import causal
 from seqwarm.core.train import Stage, _Loop, _State
 import train_small
+from train_small import equal, weights
 
 SCRIPT = Path(train_small.__file__)
 
@@ -24,8 +24,6 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def calm(folder): return train_small.main(str(folder), str(folder/"calm"), 0.1)
 
-def weights(trained_path): c = Checkpoint(trained_path); return {n: c.read(n) for n in c.names}
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
 
 def test_sigkill_anywhere_and_resumed_is_bit_equal(folder, calm):
     store, rng, kills = folder/"struck", random.Random(0), 0

@@ -12,7 +12,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BartConfig, BartForConditionalGeneration, BertConfig, BertForMaskedLM, T5Config, T5ForConditionalGeneration
 from transformers.modeling_outputs import BaseModelOutput
 from seqwarm.core import feed as reading, train as module
-from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import layout
 from seqwarm.core.ledger import flops, units
@@ -22,6 +21,7 @@ from seqwarm.core.stages import Chain, Stage, asleep, chains, optimizer
 from seqwarm.core.train import _Loop, train
 from seqwarm.methods.unfreeze import always, frozen_then, gradual, timetable
 import train_seq2seq
+from train_small import same, weights
 
 SCRIPT, ENCODER = Path(train_seq2seq.__file__), ("encoder/", "embed.token")
 
@@ -43,9 +43,6 @@ def run(folder, given):
         return train(model, stages=stages, store=folder/store, **given | dict(batch=4, every=6, save_every=4, sequences=4) | changed)
     return call
 
-def weights(path): c = Checkpoint(path); return {n: c.read(n) for n in c.names}
-def equal(a, b): return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
-def same(a, b): return equal(weights(a.path), weights(b.path)) and a.history.drop(columns="seconds").equals(b.history.drop(columns="seconds"))
 def lay_of(model): return layout(model.config, type(model).__name__)
 
 # ---------------------------------------------------------------- what sleeps

@@ -1,11 +1,10 @@
 """A small training of a pair, and two ranks of it, forked from one process: python train_metro.py FOLDER STORE PORT."""
-import gc, os, sys
+import gc, sys
 import torch
 from transformers import BertConfig, BertForMaskedLM
 from seqwarm.core.train import Stage, train
 from seqwarm.methods.metro import pair
-from train_seq2seq import forked
-from train_small import given
+from train_small import given, ranks
 
 def mlm(tokenizer, layers: int = 2, dropout: float = 0.0) -> BertForMaskedLM:
     "16 wide."
@@ -20,15 +19,6 @@ def main(folder: str, store: str, dropout: float = 0.0, auxiliary: str | None = 
     stages = [Stage(6, 5e-3, "metro?rate=0.3&heat=2&tau=0.5", frozen=made.idle)]
     return train(made, stages=stages, store=store, **data, **dict(batch=4, every=3, save_every=2, sequences=8) | changed)
 
-def ranks(folder: str, store: str, port: str) -> None:
-    "Two ranks of one training; fails if one of them does."
-    given(folder)
-    def rank(i: int) -> None:
-        os.environ |= dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        main(folder, store)
-    pids = [forked(lambda i=i: rank(i)) for i in range(2)]
-    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
-
 if __name__ == "__main__":
     gc.collect(); gc.freeze()   # accelerate collects after every stage
-    ranks(*sys.argv[1:])
+    ranks(main, *sys.argv[1:])

@@ -6,12 +6,13 @@
 The processes are forked from one that has imported everything and computed nothing.
 """
 import gc, os, random, signal, sys, time
+from functools import partial
 import torch
 from transformers import BartConfig, BartForConditionalGeneration
 from seqwarm.core.layout import layout
 from seqwarm.core.train import _Loop, train
 from seqwarm.methods.unfreeze import frozen_then
-from train_small import given
+from train_small import forked, given, ranks
 
 def model(tokenizer, dropout: float = 0.0) -> BartForConditionalGeneration:
     "Two and two layers, 16 wide."
@@ -28,13 +29,6 @@ def main(folder: str, store: str, dropout: float = 0.0):
     stages = frozen_then(20, 10, layout(start.config, type(start).__name__), objective="denoise", lr=2e-3, repeat=4, keep="float32")
     return train(start, stages=stages, store=store, **data, batch=4, every=5, save_every=3, sequences=4)
 
-def forked(work) -> int:
-    "The id of a process that does `work`."
-    if pid := os.fork(): return pid
-    code = 1
-    try: work(); code = 0
-    finally: os._exit(code)
-
 def killed(folder: str, store: str, *steps: str) -> None:
     "Kill process after process, at step 0 before it takes one; prints the signal that each died of (0: it was through)."
     update, rng = _Loop.update, random.Random(1)
@@ -48,15 +42,6 @@ def killed(folder: str, store: str, *steps: str) -> None:
         time.sleep(rng.uniform(0, 0.1)); os.kill(pid, signal.SIGKILL); os.close(out)
         print(os.waitpid(pid, 0)[1] & 127)
 
-def ranks(folder: str, store: str, port: str) -> None:
-    "Two ranks of one training; fails if one of them does."
-    given(folder)
-    def rank(i: int) -> None:
-        os.environ |= dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
-        main(folder, store)
-    pids = [forked(lambda i=i: rank(i)) for i in range(2)]
-    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
-
 if __name__ == "__main__":
     gc.collect(); gc.freeze()   # accelerate collects after every stage
-    {"killed": killed, "ranks": ranks}[sys.argv[1]](*sys.argv[2:])
+    {"killed": killed, "ranks": partial(ranks, main)}[sys.argv[1]](*sys.argv[2:])

@@ -1,11 +1,12 @@
 """A small training for tests that need a process of their own: python train_small.py FOLDER STORE [dropout] [stall].
 
-With `stall` it waits a moment at every step, so that a signal can strike anywhere.
+With `stall` it waits a moment at every step, so that a signal can strike anywhere. Beside it, what tests of other small trainings share.
 """
 import os, sys, time
 from pathlib import Path
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
+from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.train import Stage, _Loop, train
 from seqwarm.core.vocab import train_tokenizer
@@ -19,6 +20,28 @@ def given(folder: str) -> dict:
     tokenizer = train_tokenizer(text.read_text().splitlines(), 300)
     corpus, valid = (Corpus(f"text:{text}", tokenizer, 16, split) for split in ("train", "valid"))
     return dict(tokenizer=tokenizer, corpus=corpus, valid=valid)
+
+def weights(path) -> dict: c = Checkpoint(path); return {n: c.read(n) for n in c.names}
+def equal(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.equal(a[n], b[n]) for n in a)
+def same(a, b) -> bool:
+    "Whether two trainings ended, and went, alike."
+    return equal(weights(a.path), weights(b.path)) and a.history.drop(columns="seconds").equals(b.history.drop(columns="seconds"))
+
+def forked(work) -> int:
+    "The id of a process that does `work`."
+    if pid := os.fork(): return pid
+    code = 1
+    try: work(); code = 0
+    finally: os._exit(code)
+
+def ranks(work, folder: str, store: str, port: str) -> None:
+    "Two ranks of `work(folder, store)`, forked; fails if one of them does."
+    given(folder)
+    def rank(i: int) -> None:
+        os.environ |= dict(RANK=str(i), LOCAL_RANK=str(i), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port)
+        work(folder, store)
+    pids = [forked(lambda i=i: rank(i)) for i in range(2)]
+    sys.exit(any([os.waitpid(pid, 0)[1] for pid in pids]))
 
 def main(folder: str, store: str, dropout: float = 0.0, stall: float = 0.0):
     data = given(folder); tokenizer = data["tokenizer"]

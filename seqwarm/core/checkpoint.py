@@ -85,7 +85,7 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
                       "convert them where you trust them: AutoModel.from_pretrained(IN).save_pretrained(OUT) with the model's own class")
     raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model? Pickled weights are never loaded here")
 
-# %% ../../nbs/core/20_checkpoint.ipynb #c5195abd
+# %% ../../nbs/core/20_checkpoint.ipynb #b710cad3
 def _folder(path: str | Path) -> Path:
     "The local folder of a checkpoint, downloaded if `path` is a name on the hub."
     if Path(path).is_dir(): return Path(path)
@@ -98,6 +98,16 @@ def _folder(path: str | Path) -> Path:
     except (OSError, HFValidationError) as e:  # not found, gated, offline: all are OSErrors there
         raise Refusal(f"there is no folder {path}, and the hub does not give it ({type(e).__name__})",
                       "check the name and the network") from e
+
+class _quiet:
+    "No progress bars and no advice from transformers while it loads."
+    def __enter__(self):
+        from transformers.utils import logging
+        self.log, self.level, self.bar = logging, logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error(); logging.disable_progress_bar()
+    def __exit__(self, *_):
+        self.log.set_verbosity(self.level)
+        if self.bar: self.log.enable_progress_bar()
 
 def _own_code(config: dict, path: Any) -> None:
     from transformers import CONFIG_MAPPING

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['coder', 'Coded', 'encode', 'body', 'with_head', 'room', 'greedy']
 
-# %% ../../nbs/core/86_heads.ipynb #292d5684
+# %% ../../nbs/core/86_heads.ipynb #e87bd353
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,10 @@ from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
+from .checkpoint import _quiet
 from .errors import Refusal
 from .examples import Examples
-from .mix import _quiet, with_mix
+from .mix import with_mix
 
 # %% ../../nbs/core/86_heads.ipynb #8f64d0f0
 def coder(tokenizer: PreTrainedTokenizerFast,

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['mixed', 'mixing', 'with_mix', 'opened']
 
-# %% ../../nbs/core/21_mix.ipynb #861ea593
+# %% ../../nbs/core/21_mix.ipynb #a297486b
 from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 import torch
-from .checkpoint import Checkpoint
+from .checkpoint import Checkpoint, _quiet
 from .errors import Refusal
 from .layout import layout
 
@@ -79,17 +79,7 @@ def mixing(model: torch.nn.Module,               # a seq2seq model of transforme
     decoder.mix = torch.nn.Parameter(mix.detach().to(like.device, like.dtype, copy=True))
     return model
 
-# %% ../../nbs/core/21_mix.ipynb #78cf6a74
-class _quiet:
-    "No progress bars and no advice from transformers while it loads."
-    def __enter__(self):
-        from transformers.utils import logging
-        self.log, self.level, self.bar = logging, logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error(); logging.disable_progress_bar()
-    def __exit__(self, *_):
-        self.log.set_verbosity(self.level)
-        if self.bar: self.log.enable_progress_bar()
-
+# %% ../../nbs/core/21_mix.ipynb #962db2ae
 def with_mix(model: torch.nn.Module,    # as transformers opens it
              folder: str | Path,        # the checkpoint that it was opened from
              ) -> torch.nn.Module:      # itself

@@ -58,26 +58,30 @@ def causal(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pr
     labels[:, :-1] = np.where(same, packed.ids[:, 1:], -100)
     return _inputs(packed, packed.ids, labels, config, causal=True)
 
-# %% ../../nbs/core/60_objectives.ipynb #bca1bc3b
+# %% ../../nbs/core/60_objectives.ipynb #37265471
 def _ordinary(tokenizer) -> np.ndarray:
     "Which ids are tokens of text, [tokens] bool."
     ordinary = np.ones(len(tokenizer), bool); ordinary[tokenizer.all_special_ids] = False
     return ordinary
+
+def _chosen(packed: Packed, draws: Draws, tokenizer, rate: float, whom: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    "Which tokens are asked [B, S]; the draws that chose them, below 1 where they did [B, S]; which ids are ordinary."
+    if tokenizer.mask_token_id is None: raise Refusal(f"the tokenizer has no mask token, which {whom} needs", "add one or train causally")
+    ordinary, u = _ordinary(tokenizer), draws.uniform(packed.ids.shape[1]) / rate
+    return (u < 1) & ordinary[packed.ids], u, ordinary
 
 def mlm(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast,
         rate: float = 0.15,     # share of the ordinary tokens that is asked
         rows: str = "apart",    # apart | whole: whether the documents of a row see each other, and share its positions
         ) -> dict[str, torch.Tensor]:
     "Chosen tokens are to be restored: 80 % masked, 10 % random, 10 % kept."
-    if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which MLM needs", "add one or train causally")
-    ordinary = _ordinary(tokenizer); others = np.flatnonzero(ordinary)
-    u = draws.uniform(packed.ids.shape[1]) / rate
-    chosen = (u < 1) & ordinary[packed.ids]
+    chosen, u, ordinary = _chosen(packed, draws, tokenizer, rate, "MLM")
+    others = np.flatnonzero(ordinary)
     guess = others[(draws.uniform(packed.ids.shape[1]) * len(others)).astype(np.int64)]
     ids = np.where(chosen & (u < 0.8), tokenizer.mask_token_id, np.where(chosen & (u >= 0.9), guess, packed.ids))
     return _inputs(packed, ids, np.where(chosen, packed.ids, -100), config, causal=False, whole=rows == "whole")
 
-# %% ../../nbs/core/60_objectives.ipynb #88c0c83d
+# %% ../../nbs/core/60_objectives.ipynb #508c28f0
 def _metro(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: PreTrainedTokenizerFast,
            rate: float = 0.15,     # share of the ordinary tokens that is masked
            rows: str = "apart",    # apart | whole, as of mlm
@@ -85,9 +89,7 @@ def _metro(packed: Packed, draws: Draws, config: PreTrainedConfig, tokenizer: Pr
            tau: float = 0.1,       # share of the training in which what is above 1 falls to 1/e
            ) -> dict[str, torch.Tensor]:
     "Chosen tokens are masked, to be filled by an auxiliary model: with its chance [B, S] in (0, 1] and temperature [B]."
-    if tokenizer.mask_token_id is None: raise Refusal("the tokenizer has no mask token, which metro needs", "add one or train causally")
-    B, S = packed.ids.shape
-    chosen = (draws.uniform(S) / rate < 1) & _ordinary(tokenizer)[packed.ids]
+    (chosen, *_), (B, S) = _chosen(packed, draws, tokenizer, rate, "metro"), packed.ids.shape
     ids, labels = np.where(chosen, tokenizer.mask_token_id, packed.ids), np.where(chosen, packed.ids, -100)
     chance = (1 - np.floor(draws.uniform(S) * 2**24) / 2**24).astype(np.float32)
     heats = np.full(B, 1 + (heat - 1) * np.exp(-draws.share / tau), np.float32)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['METRICS', 'score', 'Probe', 'probe']
 
-# %% ../../nbs/core/90_probes.ipynb #15c69911
+# %% ../../nbs/core/90_probes.ipynb #c6501b73
 import json, random, tempfile, time, warnings
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +19,7 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
-from .checkpoint import Checkpoint, _folder, _json, _own_code, _places, _weights_fingerprint
+from .checkpoint import Checkpoint, _folder, _json, _own_code, _places, _quiet, _weights_fingerprint
 from .errors import Refusal, number, unknown
 from .examples import Examples, examples, spans
 from .files import fingerprint, write_whole
@@ -27,7 +27,6 @@ from .heads import Coded, body, coder, encode, greedy, room, with_head
 from .layout import layout
 from .ledger import flops
 from .vocab import load_tokenizer, tokenizer_fingerprint
-from .write import _quiet
 
 # %% ../../nbs/core/90_probes.ipynb #495114e0
 def _accuracy(found: list, right: list) -> float:

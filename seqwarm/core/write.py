@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['write', 'build', 'save']
 
-# %% ../../nbs/core/22_write.ipynb #6aa7d1a4
+# %% ../../nbs/core/22_write.ipynb #58eff450
 import json, math, os, sys
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import xxhash
 from tqdm import tqdm
-from .checkpoint import DTYPES, Card, Checkpoint, finite
+from .checkpoint import DTYPES, Card, Checkpoint, _quiet, finite
 from .errors import Refusal
 from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
-from .mix import _quiet, mixing
+from .mix import mixing
 from .plan import Plan, Row
 
 # %% ../../nbs/core/22_write.ipynb #98012b9b

@@ -105,10 +105,14 @@ _WORDS = {"encoder_layers": "num_hidden_layers", "encoder_attention_heads": "num
           "d_model": "hidden_size", "activation_function": "hidden_act", "dropout": "hidden_dropout_prob", "init_std": "initializer_range",
           "attention_dropout": "attention_probs_dropout_prob", "vocab_size": "vocab_size"}   # of BART -> of BERT
 
-# %% ../../nbs/methods/20_graft.ipynb #61d90545
+# %% ../../nbs/methods/20_graft.ipynb #2d611203
+def _unmixed(of: Layout) -> dict[str, Any]:
+    "A config that does not speak of a mix."
+    return {k: v for k, v in of.config.items() if k != "layer_mix"}
+
 def _config(enc: Layout, family: str, n: int, width: int, ids: dict[str, int | None]) -> dict[str, Any]:
     "The config of the seq2seq model, whose decoder has `n` layers with a feed-forward net of `width` times the encoder's."
-    c = {k: v for k, v in enc.config.items() if k != "layer_mix"}
+    c = _unmixed(enc)
     both = dict(model_type=family, is_encoder_decoder=True, use_cache=True, tie_word_embeddings=True) | ids
     if family in _T5: return c | both | {"num_decoder_layers": n, "architectures": None}
     if family in _FIRST:
@@ -202,7 +206,7 @@ def _kept(plan: Plan, encoder: Checkpoint, inputs: list[str] | None) -> bytes:
                  names=encoder.names, inputs=inputs)
     return pack({n: encoder.read(n, finite=True) for n in plan.notes["kept"]}, {"graft": json.dumps(about)})   # one entry
 
-# %% ../../nbs/methods/20_graft.ipynb #f76211bf
+# %% ../../nbs/methods/20_graft.ipynb #e2d2ce8d
 _PLAIN = {"bart": "bert", "mbart": "roberta-prelayernorm", "blenderbot": "xlm-roberta-xl"}
 
 def _base(config: dict[str, Any]) -> Layout:
@@ -212,7 +216,7 @@ def _base(config: dict[str, Any]) -> Layout:
 
 def _plain(new: Layout, names: list[str]) -> tuple[Layout, list[Row]]:
     "The encoder that a seq2seq model without an origin gives, and its rows."
-    c, kind = {k: v for k, v in new.config.items() if k != "layer_mix"}, _kind(new)
+    c, kind = _unmixed(new), _kind(new)
     if kind == _ANY: enc = _base(c["encoder"] | {"architectures": None})
     elif kind in _T5: enc = _base(c | dict(is_encoder_decoder=False, use_cache=False, architectures=None))
     else:
