@@ -10,12 +10,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from .layout import Family, Layout, Tensor
 
-# %% ../../nbs/core/06_joint.ipynb #71025077
+# %% ../../nbs/core/06_joint.ipynb #2a389737
 @dataclass(frozen=True)
 class Joint(Layout):
     "The layout of several models in one module; `parts` hold what each of them computes, under the names of its own."
     parts: dict[str, Layout] = field(default_factory=dict)                      # stack -> layout
     beside: tuple[str, ...] = ()                                                # names that have no stack before them
+    objectives: tuple[str, ...] = ()                                            # by which the module is trained
 
     def name(self, stack: str, name: str) -> str:
         "What a tensor of a part is called in the module."
@@ -24,12 +25,13 @@ class Joint(Layout):
         "The tensor of the module that holds the numbers of a part's."
         return self.storage(self.tensors[self.name(stack, t.name)])
 
-# %% ../../nbs/core/06_joint.ipynb #ce802e98
+# %% ../../nbs/core/06_joint.ipynb #1ea603c5
 def joint(architecture: str,                                # class of the module, for refusals
           parts: Mapping[str, Layout],                      # attribute of the module -> what it computes
           beside: Mapping[str, list[Tensor]] | None = None, # attribute -> tensors that belong to it and lie beside it
           shared: Mapping[str, str] | None = None,          # name in the module -> name of the tensor that it is one storage with
           idle: Mapping[str, str] | None = None,            # attribute -> beginning of the roles that it has and does not compute
+          objectives: tuple[str, ...] = (),                 # by which the module is trained, without their options
           ) -> Joint:
     "One layout of several models; stacks are called as the attributes."
     beside, shared, tensors, sizes, works = beside or {}, shared or {}, {}, {}, {}
@@ -42,4 +44,4 @@ def joint(architecture: str,                                # class of the modul
         sizes |= {f"{stack}.{axis}": n for axis, n in part.sizes.items()}
         works[stack] = replace(part, tensors={n: t for n, t in whole.items() if not t.role.startswith((idle or {}).get(stack, "-"))})
     table = Family(architecture.lower(), {}, "", {}, dict, lambda _: {s: p.norms() for s, p in parts.items()}, "")
-    return Joint(table.name, {s: p.config for s, p in parts.items()}, architecture, tensors, sizes, table, works, lone)
+    return Joint(table.name, {s: p.config for s, p in parts.items()}, architecture, tensors, sizes, table, works, lone, objectives)

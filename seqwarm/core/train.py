@@ -167,7 +167,7 @@ class Trained:
     @property
     def card(self) -> Card: return Card.load(self.path)
 
-# %% ../../nbs/core/80_train.ipynb #5e5c5566
+# %% ../../nbs/core/80_train.ipynb #d3b455be
 def _places(lay: Layout, stack: str) -> float:
     "Positions that a text may have in a stack; rotary and relative ones have no end."
     own = lay.config[stack] if isinstance(lay.config.get(stack), dict) else lay.config
@@ -178,7 +178,8 @@ def _check_stage(lay: Layout, stage: Stage, corpora: tuple[Corpus, ...], batch: 
     "Refuse a stage that this model cannot do with these corpora."
     lay.select(stage.frozen)   # misspelt roles, also of a stage that comes late
     two, lengths = "decoder" in lay.layers, [c.length for c in corpora]
-    fits = lambda name: (shape(name, lengths[0])[1] is not None) == two and name.startswith("metro") == isinstance(lay, Joint)
+    own = lay.objectives if isinstance(lay, Joint) else [o for o in OBJECTIVES if o != "metro"]
+    fits = lambda name: (shape(name, lengths[0])[1] is not None) == two and name.partition("?")[0] in own
     if not fits(stage.objective):
         raise Refusal(f"{lay.architecture} can't do {stage.objective}", f"its objectives are {', '.join(filter(fits, OBJECTIVES))}")
     for at, stack in enumerate(("encoder", "decoder") if two else lay.layers):

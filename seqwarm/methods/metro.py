@@ -193,7 +193,7 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     made.detect.to(main.device, main.dtype)
     return made
 
-# %% ../../nbs/methods/40_metro.ipynb #020da629
+# %% ../../nbs/methods/40_metro.ipynb #a1d86d7b
 def _layout(self: Pair) -> Joint:
     "Both models and the detector in one layout, stacks `main` and `auxiliary`."
     parts = {s: layout(m.config, type(m).__name__) for s, m in (("main", self.main), ("auxiliary", self.auxiliary))}
@@ -202,7 +202,7 @@ def _layout(self: Pair) -> Joint:
             Tensor("detect.bias", "detect.bias", "", None, ("one",), (1,))]
     one = self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
     shared = {f"auxiliary.{parts['auxiliary'].one('embed.token').name}": f"main.{parts['main'].one('embed.token').name}"} if one else {}
-    return joint("Pair", parts, dict(main=head), shared, {} if self.weights["clm"] else dict(main="head"))
+    return joint("Pair", parts, dict(main=head), shared, {} if self.weights["clm"] else dict(main="head"), ("metro",))
 
 Pair.layout = property(_layout)
 

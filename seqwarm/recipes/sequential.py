@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #39923a4c
+# %% ../../nbs/recipes/20_sequential.ipynb #03015388
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,25 +18,24 @@ from accelerate import PartialState
 from transformers import AutoModelForMaskedLM, BartConfig, BartForConditionalGeneration, BertConfig
 from transformers import BertForMaskedLM, MBartForConditionalGeneration, PreTrainedModel, RobertaPreLayerNormForMaskedLM
 from ..core.checkpoint import Card, Checkpoint
-from ..core.corpus import parse
 from ..core.errors import Refusal, number, unknown
-from ..core.examples import TASKS
-from ..core.examples import examples as labelled
 from ..core.files import fingerprint
+from ..core.fresh import apart_first, fresh, fresh_encoder
 from ..core.layout import layout
 from ..core.ledger import Cost, lineage
 from ..core.losses import evaluate
 from ..core.mix import opened
 from ..core.objectives import objective, shape
 from ..core.plan import Plan
-from ..core.probes import Probe, probe
+from ..core.probes import Probe
 from ..core.stages import Stage
+from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
 from ..core.train import Trained, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #c1df1df5
+# %% ../../nbs/recipes/20_sequential.ipynb #3ddc2d58
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=4e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -93,65 +92,29 @@ def _check(p: SimpleNamespace) -> None:
     if p.width % p.heads: raise Refusal(f"parameter width cannot be {p.width}", f"give a multiple of the {p.heads} attention heads")
     if p.embeddings not in ("sleep", "awake"): raise unknown("way with the embeddings", p.embeddings, ["sleep", "awake"])
     if p.norm not in _CLASSES: raise unknown("place of the norms", p.norm, _CLASSES)
-    objective(_mlm(p))
-    for task in p.tasks: _probe(task, p)
+    objective(_mlm(p)); _probes(p)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #d99bcf96
+# %% ../../nbs/recipes/20_sequential.ipynb #bd9abf4b
+def _mlm(p: SimpleNamespace) -> str: return f"mlm?rate={p.mask_rate:g}"
+
+def _probes(p: SimpleNamespace) -> list[Probe]: return [named(t, p.text, p.probe_steps, p.examples) for t in p.tasks]
+
 def _labelling(p: SimpleNamespace) -> list[str]:
     "The tasks that label sequences."
-    return [t.name for t in (_probe(t, p) for t in p.tasks) if labelled(t.train).kind == "tags"]
+    return [t.name for t in _probes(p) if wants(t) == "tags"]
 
-def _mlm(p: SimpleNamespace, rows: str = "whole") -> str: return f"mlm?rows={rows}&rate={p.mask_rate:g}"
-
-def _mlm_stages(p: SimpleNamespace) -> list[Stage]:
-    "One schedule: documents apart at first, so that a masked token has few others to look at, then the rows that a seq2seq model reads."
-    apart = round(p.apart*p.mlm_steps)
-    parts = [(apart, "apart"), (p.mlm_steps - apart, "whole")]
-    stages = [Stage(n, p.mlm_rate, _mlm(p, rows)) for n, rows in parts if n]
-    return [stages[0], *(replace(s, continues=True, warmup=0.0) for s in stages[1:])]
-
-def _probe(task: str, p: SimpleNamespace) -> Probe:
-    "A task of the toy world by its name, or `NAME: TRAIN -> LANG=TEST, LANG=TEST`."
-    name, colon, rest = task.partition(": ")
-    if colon:
-        train_on, arrow, tests = rest.partition(" -> ")
-        named = dict(t.split("=", 1) for t in tests.split(", ") if "=" in t.split(":")[0])
-        if not arrow or not named: raise Refusal(f"the task {task!r} says not what it is tested on", "write NAME: TRAIN -> LANG=TEST")
-        return Probe(name, train_on, named, steps=p.probe_steps)
-    if task not in TASKS: raise unknown("task of the toy world", task, TASKS)
-    langs = [s.place for s in parse(p.text) if s.scheme == "world"]
-    if not langs: raise Refusal(f"the task {task} is one of the toy world, and the text is not", "write NAME: TRAIN -> LANG=TEST")
-    into = f"&to={langs[-1]}" if task == "translation" else ""
-    if into and len(langs) < 2: raise Refusal("translation wants two languages", "name two worlds in `text`")
-    spec = lambda lang, more: f"world:{lang}?task={task}{into}{more}"
-    tests = {lang: spec(lang, "&split=test") for lang in (langs[:1] if into else langs)}
-    return Probe(task, spec(langs[0], f"&n={p.examples}"), tests, steps=p.probe_steps)
-
-# %% ../../nbs/recipes/20_sequential.ipynb #10a10dec
-@torch.no_grad()
-def _new(p: SimpleNamespace, text: Text, seed: int, which: int, **sizes: Any) -> PreTrainedModel:
-    "An encoder (0) or a seq2seq model (1), drawn from a seed; the encoder's positions begin as waves."
-    torch.manual_seed(seed)
-    kind = _CLASSES[p.norm][which]
-    model = kind(kind.config_class(vocab_size=len(text.tokenizer), max_position_embeddings=p.length + 8, **text.ids, **sizes))
-    lay = layout(model.config, kind.__name__)
-    table = model.get_parameter(lay.one("embed.position", list(lay.layers)[0]).name)        # [positions, D]
-    angle = torch.arange(len(table))[:, None] * 1000.0**(-torch.arange(0, p.width, 2)/p.width)
-    table.copy_(3*p.width**-0.5 * torch.cat([angle.sin(), angle.cos()], 1))
-    return model
-
+# %% ../../nbs/recipes/20_sequential.ipynb #6af0fc8c
 def _encoder(p: SimpleNamespace, text: Text, seed: int) -> PreTrainedModel:
-    return _new(p, text, seed, 0, hidden_size=p.width, num_hidden_layers=p.layers, num_attention_heads=p.heads,
-                intermediate_size=4*p.width, type_vocab_size=1, layer_norm_eps=1e-5, initializer_range=p.width**-0.5,
-                hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    return fresh_encoder(_CLASSES[p.norm][0], seed, p.width, p.layers, p.heads, p.length, len(text.tokenizer), type_vocab_size=1,
+                         layer_norm_eps=1e-5, **text.ids)
 
 def _seq2seq(p: SimpleNamespace, text: Text, seed: int, decoder_layers: int) -> PreTrainedModel:
     sides = {f"{side}_{k}": v for side in ("encoder", "decoder") for k, v in (("attention_heads", p.heads), ("ffn_dim", 4*p.width))}
-    return _new(p, text, seed, 1, d_model=p.width, encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5,
-                dropout=0.0, attention_dropout=0.0, activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"],
-                forced_eos_token_id=None, **sides)
+    return fresh(_CLASSES[p.norm][1], seed, p.width, vocab_size=len(text.tokenizer), max_position_embeddings=p.length + 8, d_model=p.width,
+                 encoder_layers=p.layers, decoder_layers=decoder_layers, init_std=p.width**-0.5, dropout=0.0, attention_dropout=0.0,
+                 activation_dropout=0.0, decoder_start_token_id=text.ids["eos_token_id"], forced_eos_token_id=None, **sides, **text.ids)
 
-# %% ../../nbs/recipes/20_sequential.ipynb #0897092e
+# %% ../../nbs/recipes/20_sequential.ipynb #a6b38430
 class Models:
     "The models of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -176,7 +139,8 @@ class Models:
         return Checkpoint(out)
 
     def _mlm(self) -> Trained:
-        return self._train("mlm", _encoder(self.p, self.text, self.seed), _mlm_stages(self.p))
+        p = self.p
+        return self._train("mlm", _encoder(p, self.text, self.seed), apart_first(p.mlm_steps, p.mlm_rate, _mlm(p), p.apart))
 
     def _scratch(self, arm: str) -> Trained:
         layers = min(2, (self.p.layers + 1)//2) if arm == "small" else self.p.layers
@@ -189,7 +153,7 @@ class Models:
         if not arm.endswith("+mlm"): return Trained(start.path, pd.DataFrame())
         torch.manual_seed(self.seed)   # for the new head
         model = AutoModelForMaskedLM.from_pretrained(start.path, dtype=torch.float32)
-        return self._train(arm, model, [Stage(max(1, self.p.mlm_steps // 5), self.p.mlm_rate, _mlm(self.p))], (start.card,))
+        return self._train(arm, model, apart_first(max(1, self.p.mlm_steps // 5), self.p.mlm_rate, _mlm(self.p), 0.0), (start.card,))
 
     def _second(self, arm: str) -> Trained:
         p, share, parent = self.p, _woken(arm), Checkpoint(self["mlm"].path)
@@ -210,17 +174,14 @@ def _sentinels(p: SimpleNamespace) -> tuple[str, ...]:
     S, T = shape("spans", p.length)
     return tuple(f"<extra_id_{i}>" for i in range((S + T - 1 - p.length)//2))   # each stands in what is read, and in what is written
 
-# %% ../../nbs/recipes/20_sequential.ipynb #d8c6414f
+# %% ../../nbs/recipes/20_sequential.ipynb #fc9e555d
 def measure(models: Models, arm: str) -> dict[str, Any]:
     "A row of the result: what a model cost, alone and with its ancestors, its loss, and a column a probe ('pos/a accuracy')."
     p, made, encoder = models.p, models[arm], arm in _ENCODERS
     own, total = Cost.of(made.card.cost), lineage(made.card)
     row = dict(arm=arm, kind="encoder" if encoder else "seq2seq", seed=models.seed, loss=None if encoder else _denoising(models, made))
     row |= asdict(own) | {f"total_{k}": v for k, v in asdict(total).items()}
-    for task in (_probe(t, p) for t in p.tasks):
-        if (labelled(task.train).kind == "texts") == encoder: continue
-        for r in probe(made.path, task, models.store/"probes", models.seed).itertuples(): row[f"{r.task}/{r.test} {r.metric}"] = r.value
-    return row
+    return row | probed(made.path, [t for t in _probes(p) if (wants(t) == "texts") != encoder], models.store/"probes", models.seed)
 
 def _denoising(models: Models, made: Trained) -> float:
     "Nats a token to write a text whose spans are masked."
