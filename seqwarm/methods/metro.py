@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['sample', 'Pair', 'pair', 'shrink']
 
-# %% ../../nbs/methods/40_metro.ipynb #a3386064
+# %% ../../nbs/methods/40_metro.ipynb #897d5c35
+from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import log
 from pathlib import Path
 import numpy as np
@@ -18,6 +19,7 @@ from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokeni
 from ..core.errors import Refusal, number, unknown
 from ..core.joint import Joint, joint
 from ..core.layout import Tensor, family, layout
+from ..core.losses import surprisal
 from ..core.vocab import load_tokenizer, tokenizer_fingerprint
 
 # %% ../../nbs/methods/40_metro.ipynb #9c7a6787
@@ -53,53 +55,64 @@ def _still(module: torch.nn.Module):
     finally:
         for m, mode in was: m.training = mode
 
-# %% ../../nbs/methods/40_metro.ipynb #9b2673f8
+# %% ../../nbs/methods/40_metro.ipynb #0522558a
 @dataclass
 class _Text:
     "A batch, read."
     ids: torch.Tensor       # [B, S]: what stood there
     shown: torch.Tensor     # [B, S]: what the auxiliary sees
     at: torch.Tensor        # [N]: masked positions, in the flattened batch
-    chance: torch.Tensor; temperature: torch.Tensor | float             # [N], [N]
+    chance: torch.Tensor; temperature: torch.Tensor | float             # [B, S], of which the masked positions' are drawn by; [N]
     mask: torch.Tensor | None; real: torch.Tensor; places: torch.Tensor # what forward takes; [B, S] no padding; [B, S] from 0
+
+def _real(labels: torch.Tensor, attention_mask: torch.Tensor | None = None, **_: torch.Tensor) -> torch.Tensor:
+    "Of inputs, which tokens are no padding [B, S]."
+    padded = attention_mask is not None and attention_mask.dim() == 2
+    return attention_mask.bool() if padded else torch.ones_like(labels, dtype=torch.bool)
 
 def _text(first: int, input_ids: torch.Tensor, labels: torch.Tensor, chance: torch.Tensor, temperature: torch.Tensor | None = None,
           attention_mask: torch.Tensor | None = None, position_ids: torch.Tensor | None = None) -> _Text:
     "The inputs that the objective metro makes; or padded rows with a mask [B, S]."
-    at, mask = (labels != -100).flatten().nonzero()[:, 0], attention_mask
-    real = mask.bool() if mask is not None and mask.dim() == 2 else torch.ones_like(labels, dtype=torch.bool)
-    if real is not None and mask is not None and mask.dim() == 2: mask = (real | ~real.any(1, keepdim=True)).to(mask.dtype)
+    at, mask, real = (labels != -100).flatten().nonzero()[:, 0], attention_mask, _real(labels, attention_mask)
+    if mask is not None and mask.dim() == 2: mask = (real | ~real.any(1, keepdim=True)).to(mask.dtype)
     places = torch.arange(labels.shape[1], device=labels.device).expand_as(labels) if position_ids is None else position_ids - first
     heat = 1.0 if temperature is None else temperature.repeat_interleave(labels.shape[1])[at]
-    return _Text(torch.where(labels == -100, input_ids, labels), input_ids, at, chance.flatten()[at], heat, mask, real, places)
+    return _Text(torch.where(labels == -100, input_ids, labels), input_ids, at, chance, heat, mask, real, places)
 
-# %% ../../nbs/methods/40_metro.ipynb #b3375e25
+# %% ../../nbs/methods/40_metro.ipynb #9223cd49
 class Pair(torch.nn.Module):
-    "A main model, an auxiliary one, and a detector: one forward pass gives the three sums. It brings what `core.losses` wants of a module."
+    "A main model, an auxiliary one, and a detector: one forward pass gives all sums. It brings what `core.losses` wants of a module."
     def __init__(self, main: PreTrainedModel, auxiliary: PreTrainedModel,
-                 weights: dict[str, float],     # of aux, rtd and clm; what weighs 0 is not computed
-                 still: bool = False):          # draw in evaluation mode
+                 weights: dict[str, float],     # of aux, rtd, clm, and signals in their order; what weighs 0 is not computed
+                 still: bool = False,           # draw in evaluation mode
+                 signals: Iterable[torch.nn.Module] = ()):      # losses of the main model beside these
         super().__init__()
         self.main, self.auxiliary, self.weights, self.still = main, auxiliary, dict(weights), still
         self.detect = torch.nn.Linear(main.config.hidden_size, 1)
+        self.signals = torch.nn.ModuleDict({s.name: s for s in signals})
         self.first = [family(m.config.model_type).first_position(m.config.pad_token_id) for m in (main, auxiliary)]
 
     @property
     def config(self): return self.main.config
     @property
     def told(self) -> dict:
-        return dict(main=self.main.config.to_dict(), auxiliary=self.auxiliary.config.to_dict(), weights=self.weights, still=self.still)
+        own = dict(main=self.main.config.to_dict(), auxiliary=self.auxiliary.config.to_dict(), weights=self.weights, still=self.still)
+        return own | (dict(signals={k: s.told for k, s in self.signals.items()}) if self.signals else {})
+    @property
+    def everywhere(self) -> bool:
+        "Whether the main model's head is asked at all tokens."
+        return any(s.everywhere for s in self.signals.values())
     @property
     def idle(self) -> tuple[str, ...]:
         "The words for what has no loss, and must sleep."
-        return ("auxiliary/",) * (not self.weights["aux"]) + ("main/head",) * (not self.weights["clm"])
+        return ("auxiliary/",) * (not self.weights["aux"]) + ("main/head",) * (not (self.weights["clm"] or self.everywhere))
 
     def states(self, which: int, ids: torch.Tensor, x: _Text) -> torch.Tensor:
         "Last states [B, S, D] of the main model (0) or the auxiliary (1)."
         model = (self.main, self.auxiliary)[which]
         return model.base_model(input_ids=ids, attention_mask=x.mask, position_ids=x.places + self.first[which]).last_hidden_state
 
-# %% ../../nbs/methods/40_metro.ipynb #b015ff57
+# %% ../../nbs/methods/40_metro.ipynb #6c253d63
 def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
     "The auxiliary's summed loss, and the text [B, S] with what it put in the places of the masks."
     look = lambda: _logits(self.auxiliary, self.states(1, x.shown, x).flatten(0, 1)[x.at])
@@ -108,33 +121,41 @@ def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
         nll = F.cross_entropy(logits, x.ids.flatten()[x.at], reduction="sum")
     if self.still and self.auxiliary.training:
         with torch.no_grad(), _still(self.auxiliary): logits = look()
-    return nll, x.ids.flatten().scatter(0, x.at, sample(logits.detach(), x.chance, x.temperature)).view_as(x.ids)
+    return nll, x.ids.flatten().scatter(0, x.at, sample(logits.detach(), x.chance.flatten()[x.at], x.temperature)).view_as(x.ids)
+
+def _everywhere(self: Pair, x: _Text, states: torch.Tensor) -> torch.Tensor:
+    "-log p [B, S] of what stood there, by the main model's head at every token; 0 at padding."
+    at = x.real.flatten().nonzero()[:, 0]
+    found = surprisal(_logits(self.main, states.flatten(0, 1)[at]), x.ids.flatten()[at])
+    return found.new_zeros(x.real.numel()).index_copy(0, at, found).view_as(x.real)
 
 def _pass(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
-    "The sums [3]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
+    "The sums [K]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
     x = _text(self.first[0], **inputs)
     aux, filled = _fill(self, x)
     states = self.states(0, filled, x)
     scores, clm = self.detect(states)[..., 0].float(), torch.zeros((), device=states.device)
     rtd = F.binary_cross_entropy_with_logits(scores, (filled != x.ids).float(), weight=x.real.float(), reduction="sum")
-    if self.weights["clm"]:
+    nll = _everywhere(self, x, states) if self.everywhere else None
+    if nll is not None: clm = nll.flatten()[x.at].sum()     # it is there, whatever it weighs
+    elif self.weights["clm"]:
         clm = F.cross_entropy(_logits(self.main, states.flatten(0, 1)[x.at]), x.ids.flatten()[x.at], reduction="sum")
-    return torch.stack([aux, rtd, clm]), x, filled, states, scores
+    more = [s(self, x, filled, states, nll) for s in self.signals.values()]
+    return torch.stack([aux, rtd, clm, *more]), x, filled, states, scores
 
 def _forward(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
-    "The sums of aux, rtd and clm [3]: inputs as the objective metro makes them."
+    "The sums of aux, rtd, clm and the signals [K]: inputs as the objective metro makes them."
     if self.training and torch.is_grad_enabled():
         awake = [word for word, part in (("auxiliary/", [self.auxiliary] * (not self.weights["aux"])),
-                                         ("main/head", _head(self.main)[:1] * (not self.weights["clm"])))
+                                         ("main/head", _head(self.main)[:1] * ("main/head" in self.idle)))
                  if any(p.requires_grad for m in part for p in m.parameters() if p is not self.main.get_input_embeddings().weight)]
         if awake: raise Refusal(f"nothing trains {awake[0]}, and it is awake", f"add {awake[0]!r} to `frozen` (see Pair.idle)")
     return _pass(self, inputs)[0]
 
 def _counts(self: Pair, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-    "How many tokens each of the sums is over [3]: masked, all that are no padding, masked."
-    mask, asked = inputs.get("attention_mask"), (inputs["labels"] != -100).sum()
-    real = mask.bool().sum() if mask is not None and mask.dim() == 2 else torch.full_like(asked, inputs["labels"].numel())
-    return torch.stack([asked, real, asked])
+    "How many things each of the sums is over [K]: masked tokens, all that are no padding, masked; what a signal says."
+    asked, real = (inputs["labels"] != -100).sum(), _real(**inputs)
+    return torch.stack([asked, real.sum(), asked, *(s.counts(real) for s in self.signals.values())])
 
 Pair.forward, Pair.counts = _forward, _counts
 
@@ -163,7 +184,7 @@ def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, token
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
-# %% ../../nbs/methods/40_metro.ipynb #fc7bd677
+# %% ../../nbs/methods/40_metro.ipynb #116b936e
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -173,40 +194,50 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
          dropout: float = 0.0,                           # of a fresh auxiliary
          still: bool = False,                            # draw in evaluation mode, whatever the auxiliary is trained in
          prior: float | None = None,                     # share of replaced tokens that the detector begins with; None: one half
-         seed: int = 0) -> Pair:
+         seed: int = 0,
+         signals: Iterable[torch.nn.Module] = (),                  # losses beside these (methods.signals); copied, what weighs 0 left out
+         ) -> Pair:
     "A main model with the auxiliary that makes its signals."
     for m in (m for m in (main, auxiliary) if isinstance(m, torch.nn.Module)):
         if m.config.model_type not in _KINDS: raise unknown("encoder for METRO", m.config.model_type, _KINDS)
         if m.get_output_embeddings() is None: raise Refusal(f"a {type(m).__name__} has no head over the vocabulary", "take ...ForMaskedLM")
     given = _WEIGHTS | (dict(aux=0.0) if auxiliary is not None and not learns else {})
+    for s in (signals := list(signals)):
+        if s.name in given: raise Refusal(f"two losses are called {s.name}", "give one of them")
+        given[s.name] = float(number(f"the weight of {s.name}", s.weight, 0, float))
     for name, w in (weights or {}).items():
         if name not in given: raise unknown("loss of METRO", name, given)
         given[name] = float(number(f"the weight of {name}", w, 0, float))
+    signals = [deepcopy(s) for s in signals if given[s.name] or given.pop(s.name)]
     auxiliary = _young(main, layers, dropout, seed) if auxiliary is None else _found(auxiliary, main, tokenizer)
     if "eager" in (kinds := {m.config._attn_implementation for m in (main, auxiliary)}) and len(kinds) > 1:
         for m in (main, auxiliary): m.set_attn_implementation("eager")      # one mask for both
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still)
+        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still, signals)
         made.detect.weight.data.normal_(0, main.config.initializer_range)
+        for s in signals: s.fit(main)
     if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
     made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
-    made.detect.to(main.device, main.dtype)
+    for m in (made.detect, made.signals): m.to(main.device, main.dtype)
     return made
 
-# %% ../../nbs/methods/40_metro.ipynb #020da629
+# %% ../../nbs/methods/40_metro.ipynb #b0930782
 def _layout(self: Pair) -> Joint:
     "Both models and the detector in one layout, stacks `main` and `auxiliary`."
     parts = {s: layout(m.config, type(m).__name__) for s, m in (("main", self.main), ("auxiliary", self.auxiliary))}
     D = self.main.config.hidden_size
     head = [Tensor("detect.weight", "detect", "", None, ("one", "hidden"), (1, D), out=0),
             Tensor("detect.bias", "detect.bias", "", None, ("one",), (1,))]
+    head += [replace(t, name=f"signals.{k}.{t.name}") for k, s in self.signals.items() for t in s.tensors(D)]
     one = self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
     shared = {f"auxiliary.{parts['auxiliary'].one('embed.token').name}": f"main.{parts['main'].one('embed.token').name}"} if one else {}
-    return joint("Pair", parts, dict(main=head), shared, {} if self.weights["clm"] else dict(main="head"))
+    again = [("main", s.again) for s in self.signals.values() if s.again]
+    return joint("Pair", parts, dict(main=head), shared, dict(main="head") if "main/head" in self.idle else {},
+                 ("main",) * self.everywhere, again)
 
 Pair.layout = property(_layout)
 
-# %% ../../nbs/methods/40_metro.ipynb #698b6d73
+# %% ../../nbs/methods/40_metro.ipynb #62509eaf
 _BINS, _SPAN = 4096, 16.0     # of the detector's scores, from -16 to 16
 
 def _spread(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
@@ -219,7 +250,7 @@ def _spread(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _tally(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
-    "Sums and counts of the losses [6]; hits, said, replaced, spread, rows [5]; histograms of original and replaced tokens' scores."
+    "Sums and counts of the losses [2K]; hits, said, replaced, spread, rows [5]; histograms of original and replaced tokens' scores."
     found, x, filled, states, scores = _pass(self, inputs)
     wrong, real, apart = filled != x.ids, x.real, _spread(states, x.real)
     said = (scores > 0) & real
@@ -229,10 +260,10 @@ def _tally(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
     return torch.cat([found.double(), self.counts(inputs).double(), torch.stack([y.double() for y in few]), *(t.double() for t in tables)])
 
 def _read(self: Pair, totals: torch.Tensor) -> dict[str, float]:
-    "loss (weighted), aux, rtd, clm, and the measures above."
-    t = totals.double().cpu().numpy()
-    means, (masked, every), (hits, said, wrong, apart, rows) = t[:3]/np.maximum(t[3:6], 1), t[3:5], t[6:11]
-    original, replaced = t[11:11 + _BINS], t[11 + _BINS:]
+    "loss (weighted), aux, rtd, clm, signals by their names, and the measures above."
+    K, t = len(self.weights), totals.double().cpu().numpy()
+    means, (masked, every), (hits, said, wrong, apart, rows) = t[:K]/np.maximum(t[K:2*K], 1), t[K:K + 2], t[2*K:2*K + 5]
+    original, replaced = t[2*K + 5:].reshape(2, _BINS)
     share, below = wrong/max(every, 1), np.cumsum(original) - original/2
     base = -sum(q*log(q) for q in (share, 1 - share) if q > 0)
     over = lambda a, b: float(a/b) if b else float("nan")
@@ -263,14 +294,15 @@ def shrink(model: PreTrainedModel,           # fresh, of any family with a layou
     for t in (t for role in ("attn.o", "ffn.down") for t in lay.find(role)): named[t.name].mul_((2*lay.layers[t.stack])**-0.5)
     return model
 
-# %% ../../nbs/methods/40_metro.ipynb #47c385b2
+# %% ../../nbs/methods/40_metro.ipynb #814a512b
 class _Beside:
-    "A model with the detector beside it."
+    "A model with the detector, and what signals have, beside it."
     def __init__(self, owner: Pair): self.owner, self.config = owner, owner.config
     def save_pretrained(self, folder: str | Path) -> None:
         from safetensors.torch import save_file
         self.owner.main.save_pretrained(folder)
-        save_file({n: x.detach().cpu().contiguous() for n, x in self.owner.detect.state_dict().items()}, Path(folder)/"detect.safetensors")
+        own = self.owner.detect.state_dict() | self.owner.signals.state_dict()
+        save_file({n: x.detach().cpu().contiguous() for n, x in own.items()}, Path(folder)/"detect.safetensors")
 
 def _saved(self: Pair) -> dict[str, object]:
     "What is written, by folder; an auxiliary that came from elsewhere and slept lies where it came from."
