@@ -112,7 +112,7 @@ class Pair(torch.nn.Module):
         model = (self.main, self.auxiliary)[which]
         return model.base_model(input_ids=ids, attention_mask=x.mask, position_ids=x.places + self.first[which]).last_hidden_state
 
-# %% ../../nbs/methods/40_metro.ipynb #6c253d63
+# %% ../../nbs/methods/40_metro.ipynb #8aa48e90
 def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
     "The auxiliary's summed loss, and the text [B, S] with what it put in the places of the masks."
     look = lambda: _logits(self.auxiliary, self.states(1, x.shown, x).flatten(0, 1)[x.at])
@@ -129,6 +129,7 @@ def _everywhere(self: Pair, x: _Text, states: torch.Tensor) -> torch.Tensor:
     found = surprisal(_logits(self.main, states.flatten(0, 1)[at]), x.ids.flatten()[at])
     return found.new_zeros(x.real.numel()).index_copy(0, at, found).view_as(x.real)
 
+# %% ../../nbs/methods/40_metro.ipynb #8b52872a
 def _pass(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The sums [K]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
     x = _text(self.first[0], **inputs)
@@ -159,7 +160,7 @@ def _counts(self: Pair, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
 
 Pair.forward, Pair.counts = _forward, _counts
 
-# %% ../../nbs/methods/40_metro.ipynb #a1a8305e
+# %% ../../nbs/methods/40_metro.ipynb #eec53e49
 _WEIGHTS = dict(aux=1.0, rtd=50.0, clm=1.0)     # Bajaj et al. (2022)
 
 def _young(main: PreTrainedModel, layers: int | None, dropout: float, seed: int) -> PreTrainedModel:
@@ -184,7 +185,16 @@ def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, token
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
-# %% ../../nbs/methods/40_metro.ipynb #116b936e
+def _given(weights: dict[str, float], begin: dict[str, float], signals: list[torch.nn.Module]) -> dict[str, float]:
+    "What each loss weighs; signals without weight are left out."
+    given = _WEIGHTS | begin | {s.name: s.weight for s in signals}
+    for name in weights:
+        if name not in given: raise unknown("loss of METRO", name, given)
+    if len(given) < len(_WEIGHTS) + len(signals): raise Refusal("two signals of one name", "give one of them")
+    given = {name: float(number(f"the weight of {name}", w, 0, float)) for name, w in (given | weights).items()}
+    return {name: w for name, w in given.items() if w or name in _WEIGHTS}
+
+# %% ../../nbs/methods/40_metro.ipynb #a34c595e
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -201,14 +211,8 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     for m in (m for m in (main, auxiliary) if isinstance(m, torch.nn.Module)):
         if m.config.model_type not in _KINDS: raise unknown("encoder for METRO", m.config.model_type, _KINDS)
         if m.get_output_embeddings() is None: raise Refusal(f"a {type(m).__name__} has no head over the vocabulary", "take ...ForMaskedLM")
-    given = _WEIGHTS | (dict(aux=0.0) if auxiliary is not None and not learns else {})
-    for s in (signals := list(signals)):
-        if s.name in given: raise Refusal(f"two losses are called {s.name}", "give one of them")
-        given[s.name] = float(number(f"the weight of {s.name}", s.weight, 0, float))
-    for name, w in (weights or {}).items():
-        if name not in given: raise unknown("loss of METRO", name, given)
-        given[name] = float(number(f"the weight of {name}", w, 0, float))
-    signals = [deepcopy(s) for s in signals if given[s.name] or given.pop(s.name)]
+    given = _given(weights or {}, dict(aux=0.0) if auxiliary is not None and not learns else {}, signals := list(signals))
+    signals = [deepcopy(s) for s in signals if s.name in given]
     auxiliary = _young(main, layers, dropout, seed) if auxiliary is None else _found(auxiliary, main, tokenizer)
     if "eager" in (kinds := {m.config._attn_implementation for m in (main, auxiliary)}) and len(kinds) > 1:
         for m in (main, auxiliary): m.set_attn_implementation("eager")      # one mask for both
