@@ -114,10 +114,10 @@ def test_contrast_is_a_plain_loop(kind, rows):
     assert sums[3].item() == pytest.approx(total, rel=1e-4) and made.counts(x)[3] == n == (4 if rows == "padded" else 5)
 
 def test_a_row_is_cropped_alike_in_any_company_and_everywhere_in_time():
-    x, _ = batch("apart"); text = metro._text(0, **x); whole = module._crop(text, 0.6); some = [4, 1]
+    main = mlm(); x, _ = batch("apart", model=main); text = metro._text(0, **x); whole = module._crop(text, 0.6); some = [4, 1]
     few = module._crop(metro._text(0, **{k: v[some] for k, v in x.items()}), 0.6)
     for name in ("ids", "places", "mask", "real"): assert torch.equal(getattr(few, name), getattr(whole, name)[some]), name
-    begins = [module._window(metro._text(0, **batch("whole", step=k)[0]), 0.6)[0][:, 0] for k in range(100)]
+    begins = [module._window(metro._text(0, **batch("whole", step=k, model=main)[0]), 0.6)[0][:, 0] for k in range(100)]
     assert torch.bincount(torch.cat(begins), minlength=7).min() > 40 and torch.cat(begins).max() == S - round(0.6 * S)      # 500 in seven
 
 def test_contrast_is_of_the_part():

@@ -25,7 +25,7 @@ class _Signal(torch.nn.Module):
     def fit(self, main: PreTrainedModel) -> None: pass
     def tensors(self, D: int) -> list[Tensor]: return []
 
-# %% ../../nbs/methods/42_signals.ipynb #901c943e
+# %% ../../nbs/methods/42_signals.ipynb #9e6db01c
 def _mixed(gate: torch.Tensor,      # logits of the gate, float32
            nll: torch.Tensor,       # -log p of what stood there, by the head
            same: torch.Tensor,      # whether it stands there still
@@ -34,6 +34,7 @@ def _mixed(gate: torch.Tensor,      # logits of the gate, float32
     written = F.logsigmoid(-gate) - nll
     return -torch.where(same, torch.logaddexp(F.logsigmoid(gate), written), written)
 
+# %% ../../nbs/methods/42_signals.ipynb #f16b88b5
 class Copying(_Signal):
     "The corrective language model over all tokens, with a gate that copies."
     name, everywhere = "copying", True
@@ -78,15 +79,16 @@ def _crop(x: _Text, share: float) -> _Text:
                 mask[rows[:, None, None], 0, at[:, :, None], at[:, None, :]][:, None])
     return replace(x, ids=x.ids.gather(1, at), mask=mask, real=real, places=places)
 
-# %% ../../nbs/methods/42_signals.ipynb #b3a1cfc0
+# %% ../../nbs/methods/42_signals.ipynb #2068dca5
 def _nearness(a: torch.Tensor, b: torch.Tensor, temperature: float) -> torch.Tensor:
     "The contrast of two views [N, D], summed over rows."
     with torch.autocast(a.device.type, enabled=False):
         views = F.normalize(torch.cat([a, b]).float(), dim=-1)
         close = views @ views.T / temperature
     others = close.masked_fill(torch.eye(len(views), dtype=torch.bool, device=a.device), -torch.inf)
-    return others.logsumexp(1).sum()/2 - close.diagonal(len(a)).sum() if len(a) else close.sum()
+    return others.logsumexp(1).sum()/2 - close.diagonal(len(a)).sum() if len(a) else close.sum()     # of nothing: 0
 
+# %% ../../nbs/methods/42_signals.ipynb #954aa117
 class Contrast(_Signal):
     "Two views of each row, filled and cropped, closer to each other than to those of other rows."
     name = "contrast"
