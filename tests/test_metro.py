@@ -18,7 +18,8 @@ from seqwarm.core.objectives import objective, shape
 from seqwarm.core.stages import Chain, Stage, optimizer
 from seqwarm.core.train import _Loop
 from seqwarm.methods import metro as module
-from seqwarm.methods.metro import pair, sample, shrink
+from seqwarm.core.fresh import shrink
+from seqwarm.methods.metro import pair, sample
 import train_metro
 from train_small import equal, weights
 

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['Frozen', 'flops', 'describe', 'units', 'Cost', 'lineage', 'crossing', 'saved']
 
-# %% ../../nbs/core/70_ledger.ipynb #76c08df0
+# %% ../../nbs/core/70_ledger.ipynb #51bb0bc5
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from math import isfinite
 from typing import Any
 from .errors import Refusal, unknown
-from .joint import Joint
+from .joint import Joint, portion
 from .layout import Layout, Tensor
 
 # %% ../../nbs/core/70_ledger.ipynb #69eb7bb5
@@ -84,7 +84,7 @@ def _attention(self: _Walk, block: str, stack: str, layer: int, x: bool, keys: b
     self.backward += cost * (q + k + p + v)
     return self.matrix(f"{block}.o", stack, layer, p or v)
 
-# %% ../../nbs/core/70_ledger.ipynb #f34fa9c8
+# %% ../../nbs/core/70_ledger.ipynb #301d0195
 def _bottom(w: _Walk, stack: str) -> bool:
     "The embeddings of a stack; tells whether the state that enters the first layer requires a gradient."
     roles = [f"embed.{r}" for r in ("token", "position", "type", "norm")]
@@ -120,14 +120,14 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
         for t in _embedding_as_head(w.layout) if s == "" else ():
             w.forward["head"] = 2 * t.size * w.asked
             w.backward += w.forward["head"] * (h + w.awake(t))
-        for r in ("detect", "tags"):
+        for r in ("detect", "copy", "tags"):
             t = w.matrix(f"{r}.dense", s, None, x) or w.trained([f"{r}.norm"], s)
             w.matrix(r, s, None, t)
         h = w.matrix("pooler", s, None, x)
         h = w.matrix("pooler.dense", s, None, h) or w.trained(["pooler.norm"], s)
         for r in ("pooler.labels", "pooler.next"): w.matrix(r, s, None, h)
 
-# %% ../../nbs/core/70_ledger.ipynb #62464c67
+# %% ../../nbs/core/70_ledger.ipynb #32cfcbcf
 Frozen = str | Iterable[str] | Callable[[Tensor], bool]
 
 def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
@@ -155,7 +155,9 @@ def flops(layout: Layout,
     if isinstance(layout, Joint):
         asleep = _frozen(layout, frozen)
         sleeps = {s: partial(lambda s, t: layout.whole(s, t).name in asleep, s) for s in layout.parts}
-        return sum(flops(part, source, target, train, sleeps[s], encoder, asked) for s, part in layout.parts.items())
+        one = lambda s, part, n, asked: flops(part, n, target, train, sleeps[s], encoder, asked)
+        return (sum(one(s, part, source, None if s in layout.everywhere else asked) for s, part in layout.parts.items())
+                + sum(one(s, body, portion(share, source), None) for s, body, share in layout.again))
     w = _walk(layout, source, target, frozen, encoder, asked)
     return sum(w.forward.values()) + w.backward * train
 
