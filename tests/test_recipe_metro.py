@@ -11,17 +11,17 @@ from seqwarm.core.masked import Masked
 from seqwarm.core.noise import Draws
 from seqwarm.core.objectives import objective
 from seqwarm.core.text import Text
-from seqwarm.recipes.metro import _FATES, Models, claims_of, compared, encoder, lead, measure, points, proposals, reopened, sized, step_flops
+from seqwarm.recipes.metro import _FATES, Models, _encoder, _lead, _points, _step_flops, claims_of, compared, measure, proposals, reopened, sized
 
 WISH = dict(seeds=[0], text="world:a + world:b", valid=None, sleeping=False, kind="pre", mask_rate=0.15, apart=0.5, rtd=50.0, clm=1.0, auxiliary=None,
             heat=2.0, tau=0.1, ahead=0.2, before=0.5, heads=4)
-ARMS = ["random", "mlm", "electra", "metro", "metro-clm", "fast", "fast.frozen", "mlm+metro"]
+ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "mlm+metro"]
 
 @pytest.mark.parametrize("wish, says", [
     (dict(arms=["mtero"]), "did you mean 'metro'"), (dict(arms=[]), "arms is an empty list"), (dict(seeds=[1, 1]), "seeds names something twice"),
     (dict(tasks=["poss"]), "did you mean 'pos'"), (dict(tasks=["translation"]), "an encoder writes none"), (dict(text="wrld:a"), "did you mean 'world:'"),
     (dict(mask_rate=0.0), "rate=0 of the objective mlm"), (dict(mask_rate=1.0), "rate=1 of the objective mlm"), (dict(heat=0.0), "heat=0"), (dict(tau=0.0), "tau=0"),
-    (dict(width=36), "width cannot be 36"), (dict(rate=-1.0), "rate cannot be -1"), (dict(apart=2.0), "apart cannot be 2"), (dict(ahead=0.0), "ahead cannot be 0"),
+    (dict(width=36), "width cannot be 36"), (dict(rate=-1.0), "rate cannot be -1"), (dict(metro_rate=0.0), "metro_rate cannot be 0"), (dict(apart=2.0), "apart cannot be 2"), (dict(ahead=0.0), "ahead cannot be 0"),
     (dict(before=1.0), "before cannot be 1"), (dict(kind="gpt"), "kind of encoder"), (dict(auxiliary=0), "auxiliary cannot be 0"), (dict(rtd=-1.0), "rtd cannot be -1"),
     (dict(vocab=100), "vocab cannot be 100"), (dict(steps=0), "steps cannot be 0")])
 def test_wishes_that_cannot_be(wish, says):
@@ -34,16 +34,16 @@ def models(tmp_path_factory):
     return Models(p, tmp_path_factory.mktemp("store"), Text(p.text, None, p.length, p.vocab), 0)
 
 def test_all_arms_cost_the_same(models):
-    price = step_flops(models.p, Masked(encoder(models.p, models.text, 0)))
+    price = _step_flops(models.p, Masked(_encoder(models.p, models.text, 0)))
     assert models["mlm"].card.cost["flops"] == models.budget == 20*price
     for arm in ARMS[2:]:
         assert abs(lineage(models[arm].card).flops/models.budget - 1) < 0.06, arm     # half a step of twenty, twice where it had a beginning
     steps = {arm: models[arm].history.step.iloc[-1] for arm in ARMS}
     assert steps["mlm"] == 20 > steps["electra"] > steps["metro"] == steps["fast"] > steps["mlm+metro"]
-    with pytest.raises(Refusal, match="nothing of the budget is left"): models._train("metro", Masked(encoder(models.p, models.text, 0)), 0, 0.0)
+    with pytest.raises(Refusal, match="nothing of the budget is left"): models._train("metro", Masked(_encoder(models.p, models.text, 0)), 0, 0.0)
 
 def test_random_is_not_trained(models):
-    fresh, kept = encoder(models.p, models.text, 0).state_dict(), AutoModelForMaskedLM.from_pretrained(models["random"].path).state_dict()
+    fresh, kept = _encoder(models.p, models.text, 0).state_dict(), AutoModelForMaskedLM.from_pretrained(models["random"].path).state_dict()
     assert all(torch.equal(fresh[n], x) for n, x in kept.items())
 
 def test_a_sleeping_auxiliary_is_the_one_that_was_trained_ahead(models):
@@ -81,9 +81,9 @@ def table(**arms):
 
 def test_a_lead_counts_in_pooled_deviations():
     t = table(mlm=[50.0, 52.0, 54.0], metro=[54.0, 55.0, 56.0])
-    assert lead(t, "metro", "mlm") == pytest.approx(3/np.sqrt((2**2 + 1**2)/2)) and lead(t[t.seed == 0], "metro", "mlm") is None
-    assert claims_of(t) == {"metro-mlm": pytest.approx(lead(t, "metro", "mlm")), "metro-frozen": None, "metro-after": None}
-    assert points(pd.DataFrame({"arm": ["x"], "pos/a accuracy": [40.0], "topic/b accuracy": [60.0]})).tolist() == [50.0]
+    assert _lead(t, "metro", "mlm") == pytest.approx(3/np.sqrt((2**2 + 1**2)/2)) and _lead(t[t.seed == 0], "metro", "mlm") is None
+    assert claims_of(t) == {"metro-mlm": pytest.approx(_lead(t, "metro", "mlm")), "metro-frozen": None, "metro-after": None}
+    assert _points(pd.DataFrame({"arm": ["x"], "pos/a accuracy": [40.0], "topic/b accuracy": [60.0]})).tolist() == [50.0]
 
 def test_runs_are_set_beside_by_their_lead():
     record = lambda more, **p: dict(parameters=dict(name=str(p), steps=10, seeds=[0]) | p, table=table(mlm=[50.0, 51.0], metro=[50.0 + more, 51.0 + more]).to_dict("records"))
