@@ -13,9 +13,9 @@ from seqwarm.core.objectives import objective
 from seqwarm.core.text import Text
 from seqwarm.recipes.metro import _FATES, Models, _encoder, _lead, _points, _step_flops, claims_of, compared, measure, proposals, reopened, sized
 
-WISH = dict(seeds=[0], text="world:a + world:b", valid=None, sleeping=False, kind="pre", mask_rate=0.15, apart=0.5, rtd=50.0, clm=1.0, auxiliary=None,
+WISH = dict(seeds=[0], text="world:a + world:b", valid=None, sleeping=False, kind="mpnet", mask_rate=0.15, apart=0.5, rtd=50.0, clm=1.0, auxiliary=None,
             heat=2.0, tau=0.1, ahead=0.2, before=0.5, heads=4)
-ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "mlm+metro"]
+ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "mlm+metro", "mlm+fast.frozen"]
 
 @pytest.mark.parametrize("wish, says", [
     (dict(arms=["mtero"]), "did you mean 'metro'"), (dict(arms=[]), "arms is an empty list"), (dict(seeds=[1, 1]), "seeds names something twice"),
@@ -48,6 +48,9 @@ def test_random_is_not_trained(models):
 
 def test_a_sleeping_auxiliary_is_the_one_that_was_trained_ahead(models):
     made = models["fast.frozen"]
+    asleep = reopened(models, "fast.frozen").auxiliary.state_dict()
+    assert all(torch.equal(x, asleep[n]) for n, x in AutoModelForMaskedLM.from_pretrained(models.helper().path).state_dict().items())
+    assert len(models["mlm+fast.frozen"].card.parents) == 2
     assert not (made.path/"auxiliary").exists() and len(made.card.parents) == 1
     assert lineage(made.card).flops - made.card.cost["flops"] == pytest.approx(models.p.ahead*models.budget, rel=0.2)
 
@@ -57,7 +60,7 @@ def test_what_continues_begins_from_the_masked_lm(models):
 
 def test_a_reopened_pair_says_what_the_trained_one_said(models):
     made, t = models["metro"], models.text
-    both = reopened(made, models.p)
+    both = reopened(models, "metro")
     n = min(64, len(t.valid)); packed = t.valid.sample(np.arange(n))
     inputs = objective(f"metro?rate={models.p.mask_rate:g}&rows=whole")(packed, Draws(0, 0, packed.samples), both.config, t.tokenizer)
     told = both.read(both.tally(**inputs))
@@ -65,7 +68,7 @@ def test_a_reopened_pair_says_what_the_trained_one_said(models):
     assert torch.equal(both.detect.weight, load_file(made.path/"detect.safetensors")["weight"])
 
 def test_proposals_tell_the_fate_of_each_token(models):
-    both = reopened(models["metro"], models.p)
+    both = reopened(models, "metro")
     seen, was, fate = proposals(both, models.text, models.p, 3)
     same = np.array(seen) == was
     assert fate.shape == was.shape == (3, models.p.length) and set(np.unique(fate)) <= set(range(len(_FATES)))

@@ -31,20 +31,22 @@ from ..core.train import Trained, train
 from ..methods.metro import Pair, _pass, pair
 from ..methods.signals import Contrast, Copying
 
-# %% ../../nbs/recipes/30_metro.ipynb #d3cff6a0
+# %% ../../nbs/recipes/30_metro.ipynb #aa76525c
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, steps=24, rate=4e-3, metro_rate=1e-3, probe_steps=12,
                   examples=64, arms=["mlm", "metro"], tasks=["pos", "topic"]),
     "demo": dict(words=1_000_000, vocab=500, length=64, batch=16, width=64, layers=2, steps=2000, rate=4e-3, metro_rate=1e-3,
-                 probe_steps=150, examples=1000, arms=["mlm", "metro", "fast.frozen", "mlm+metro"], tasks=["pos", "entities", "topic"]),
+                 probe_steps=150, examples=1000, tasks=["pos", "entities", "topic"],
+                 arms=["mlm", "metro", "fast.frozen", "mlm+metro", "mlm+fast.frozen"]),
     "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=12, steps=20_000, rate=5e-4, metro_rate=5e-4,
                  probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment"],
                  arms=["random", "mlm", "electra", "metro", "metro-clm", "metro-rtd", "metro+copy", "metro+contrast", "fast", "fast.frozen",
-                       "mlm+metro"])}
-_CLASSES = dict(pre=RobertaPreLayerNormForMaskedLM, mpnet=MPNetForMaskedLM, bert=BertForMaskedLM)
+                       "mlm+metro", "mlm+fast.frozen"])}
+_CLASSES = dict(mpnet=MPNetForMaskedLM, pre=RobertaPreLayerNormForMaskedLM, bert=BertForMaskedLM)
 _LESS = {"metro-clm": "clm", "metro-rtd": "rtd", "electra": "clm", "metro+copy": "clm"}      # arm -> the loss that it does without
 _MORE = {"metro+copy": Copying, "metro+contrast": Contrast}
-_ARMS = ("random", "mlm", "electra", "metro", "metro-clm", "metro-rtd", *_MORE, "fast", "fast.frozen", "mlm+metro")
+_SIGNALS = ("electra", "metro", "metro-clm", "metro-rtd", *_MORE, "fast", "fast.frozen")
+_ARMS = ("random", "mlm", *_SIGNALS, *(f"mlm+{arm}" for arm in _SIGNALS))
 
 def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     "The sizes of a scale, with every wish that is not None in their place."
@@ -85,7 +87,7 @@ def _check(p: SimpleNamespace) -> None:
 def _asking(p: SimpleNamespace, arm: str) -> str:
     "The objective of an arm."
     stem = "mlm" if arm == "mlm" else "metro"
-    return f"{stem}?rate={p.mask_rate:g}" + (f"&heat={p.heat:g}&tau={p.tau:g}" if arm.startswith("fast") else "")
+    return f"{stem}?rate={p.mask_rate:g}" + (f"&heat={p.heat:g}&tau={p.tau:g}" if "fast" in arm else "")
 
 def _probes(p: SimpleNamespace) -> list[Probe]:
     return [named(t, p.text, p.probe_steps, p.examples, asleep) for asleep in ((False, True) if p.sleeping else (False,)) for t in p.tasks]
@@ -102,7 +104,7 @@ def _encoder(p: SimpleNamespace, text: Text, seed: int, layers: int | None = Non
     return fresh_encoder(_CLASSES[p.kind], seed, width or p.width, layers or p.layers, p.heads, p.length, len(text.tokenizer),
                          layer_norm_eps=1e-5, **own, **text.ids)
 
-# %% ../../nbs/recipes/30_metro.ipynb #d8a1305d
+# %% ../../nbs/recipes/30_metro.ipynb #475cb88f
 class Models:
     "The encoders of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -130,26 +132,30 @@ class Models:
         return train(module, t.tokenizer, t.train, t.valid, [Stage(1, 0.0, _asking(p, "mlm"), weight_decay=0.0)], self.store,
                      f"{arm} {self.seed}", "metro", batch=p.batch, seed=self.seed, sequences=min(64, len(t.valid)))
 
+    def helper(self) -> Trained:
+        "The auxiliary that is trained ahead."
+        return self._masked("auxiliary", self.p.ahead*self.budget, self.p.auxiliary)
+
     def _signalled(self, arm: str) -> Trained:
         "An encoder that is trained by an auxiliary's signals."
-        p, t, parents = self.p, self.text, ()
-        main, given, apart = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), p.apart
-        if arm == "electra": given = dict(auxiliary=_encoder(p, t, self.seed + 1, p.auxiliary, p.width//2), learns=True)
-        if arm == "fast.frozen":
-            made = self._masked("auxiliary", p.ahead*self.budget, p.auxiliary)
-            given, parents = dict(auxiliary=made.path, tokenizer=t.tokenizer), (made.card,)
-        if arm == "mlm+metro":
+        p, t, parents = self.p, self.text, []
+        main, given, apart, how = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), p.apart, arm.removeprefix("mlm+")
+        if how == "electra": given = dict(auxiliary=_encoder(p, t, self.seed + 1, p.auxiliary, p.width//2), learns=True)
+        if how == "fast.frozen":
+            given, parents = dict(auxiliary=self.helper().path, tokenizer=t.tokenizer), [self.helper().card]
+        if how != arm:
             made = self._masked("before", p.before*self.budget)
-            main, parents, apart = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), (made.card,), 0.0
-        weights = dict(rtd=p.rtd, clm=p.clm) | ({_LESS[arm]: 0.0} if arm in _LESS else {})
-        left = self.budget - (lineage(list(parents)).flops if parents else 0)
-        signals = [_MORE[arm]()] if arm in _MORE else []
-        return self._train(arm, pair(main, weights=weights, seed=self.seed, signals=signals, **given), left, apart, parents)
+            main, parents, apart = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), [made.card, *parents], 0.0
+        weights = dict(rtd=p.rtd, clm=p.clm) | ({_LESS[how]: 0.0} if how in _LESS else {})
+        both = pair(main, weights=weights, seed=self.seed, signals=[_MORE[how]()] if how in _MORE else [], **given)
+        return self._train(arm, both, self.budget - (lineage(parents).flops if parents else 0), apart, tuple(parents))
 
-# %% ../../nbs/recipes/30_metro.ipynb #ecff24cb
-def reopened(made: Trained, p: SimpleNamespace) -> Pair:
-    "The pair of a finished training, with its detector."
-    main, other = (AutoModelForMaskedLM.from_pretrained(f, dtype=torch.float32) for f in (made.path, made.path/"auxiliary"))
+# %% ../../nbs/recipes/30_metro.ipynb #91a6b7e5
+def reopened(models: Models, arm: str) -> Pair:
+    "The pair of a finished training, with its detector; an auxiliary that slept lies where it came from."
+    made, p = models[arm], models.p
+    other = made.path/"auxiliary" if (made.path/"auxiliary").exists() else models.helper().path
+    main, other = (AutoModelForMaskedLM.from_pretrained(f, dtype=torch.float32) for f in (made.path, other))
     both = pair(main, auxiliary=other, learns=True, weights=dict(rtd=p.rtd, clm=p.clm))
     both.detect.load_state_dict(load_file(made.path/"detect.safetensors"))
     return both.eval()
