@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['head', 'logits', 'Masked']
 
-# %% ../../nbs/core/77_masked.ipynb #b24a0d8f
+# %% ../../nbs/core/77_masked.ipynb #a72b6994
 from typing import Any
 import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel
 from .joint import Joint, joint
-from .layout import layout
+from .layout import family, layout
 
 # %% ../../nbs/core/77_masked.ipynb #704314be
 def head(model: PreTrainedModel) -> list[torch.nn.Module]:
@@ -26,13 +26,13 @@ def logits(model: PreTrainedModel,
     for part in head(model): states = part(states)
     return states.float()
 
-# %% ../../nbs/core/77_masked.ipynb #2a10108c
+# %% ../../nbs/core/77_masked.ipynb #c688c086
 class Masked(torch.nn.Module):
     "A masked LM, asked where its labels are; it is trained by the objective mlm, and saved as the model that it holds."
     weights = dict(mlm=1.0)
-    def __init__(self, main: PreTrainedModel):     # a masked LM of transformers; changed by training
+    def __init__(self, main: PreTrainedModel):     # a masked LM of transformers, its rows without padding; changed by training
         super().__init__()
-        self.main = main
+        self.main, self.first = main, family(main.config.model_type).first_position(main.config.pad_token_id)
 
     @property
     def config(self) -> Any: return self.main.config
@@ -47,8 +47,10 @@ class Masked(torch.nn.Module):
         return self._seen(labels, inputs)[0][None]
     def _seen(self, labels: torch.Tensor, inputs: dict[str, Any]) -> tuple[torch.Tensor, torch.Tensor]:
         "That sum, and how many are restored."
-        at = (labels != -100).flatten().nonzero()[:, 0]
-        found, right = logits(self.main, self.main.base_model(**inputs).last_hidden_state.flatten(0, 1)[at]), labels.flatten()[at]
+        at, S = (labels != -100).flatten().nonzero()[:, 0], labels.shape[1]
+        places = torch.arange(self.first, self.first + S, device=labels.device).expand_as(labels)   # some families take an id for padding
+        states = self.main.base_model(**dict(position_ids=places) | inputs).last_hidden_state
+        found, right = logits(self.main, states.flatten(0, 1)[at]), labels.flatten()[at]
         return F.cross_entropy(found, right, reduction="sum"), (found.argmax(-1) == right).sum()
 
     def counts(self, inputs: dict[str, Any]) -> torch.Tensor: return (inputs["labels"] != -100).sum()[None]
