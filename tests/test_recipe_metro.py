@@ -40,7 +40,7 @@ def test_all_arms_cost_the_same(models):
         assert abs(lineage(models[arm].card).flops/models.budget - 1) < 0.06, arm     # half a step of twenty, twice where it had a beginning
     steps = {arm: models[arm].history.step.iloc[-1] for arm in ARMS}
     assert steps["mlm"] == 20 > steps["electra"] > steps["metro"] == steps["fast"] > steps["mlm+metro"]
-    with pytest.raises(Refusal, match="nothing of the budget is left"): models._train("metro", Masked(_encoder(models.p, models.text, 0)), 0, 0.0)
+    with pytest.raises(Refusal, match="nothing of the budget is left"): models._train("metro", Masked(_encoder(models.p, models.text, 0)), 0)
 
 def test_random_is_not_trained(models):
     fresh, kept = _encoder(models.p, models.text, 0).state_dict(), AutoModelForMaskedLM.from_pretrained(models["random"].path).state_dict()

@@ -104,7 +104,7 @@ def _encoder(p: SimpleNamespace, text: Text, seed: int, layers: int | None = Non
     return fresh_encoder(_CLASSES[p.kind], seed, width or p.width, layers or p.layers, p.heads, p.length, len(text.tokenizer),
                          layer_norm_eps=1e-5, **own, **text.ids)
 
-# %% ../../nbs/recipes/30_metro.ipynb #475cb88f
+# %% ../../nbs/recipes/30_metro.ipynb #f55bc31c
 class Models:
     "The encoders of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -115,19 +115,19 @@ class Models:
         if arm not in self._made: self._made[arm] = self._masked(arm, self.budget) if arm in ("random", "mlm") else self._signalled(arm)
         return self._made[arm]
 
-    def _train(self, arm: str, module: Masked | Pair, left: int, apart: float, parents: tuple[Card, ...] = ()) -> Trained:
+    def _train(self, arm: str, module: Masked | Pair, left: float, parents: tuple[Card, ...] = ()) -> Trained:
         "Train for what is left of the budget."
         p, t, n = self.p, self.text, round(left/_step_flops(self.p, module))
         if n < 1: raise Refusal(f"nothing of the budget is left for a step of {arm}", "give more `steps`, or less `ahead` or `before`")
         masked, asleep = isinstance(module, Masked), getattr(module, "idle", ())
-        stages = apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), apart, frozen=asleep)
+        stages = apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), p.apart, frozen=asleep)
         return train(module, t.tokenizer, t.train, t.valid, stages, self.store, f"{arm} {self.seed}", "metro", parents, batch=p.batch,
                      seed=self.seed, save_every=max(100, n//4), sequences=min(64, len(t.valid)))
 
     def _masked(self, arm: str, budget: float, layers: int | None = None) -> Trained:
         "A masked LM; `random`: of one step at a rate that leaves it as it was."
         module = Masked(_encoder(self.p, self.text, self.seed, layers))
-        if arm != "random": return self._train(arm, module, budget, self.p.apart)
+        if arm != "random": return self._train(arm, module, budget)
         t, p = self.text, self.p
         return train(module, t.tokenizer, t.train, t.valid, [Stage(1, 0.0, _asking(p, "mlm"), weight_decay=0.0)], self.store,
                      f"{arm} {self.seed}", "metro", batch=p.batch, seed=self.seed, sequences=min(64, len(t.valid)))
@@ -139,16 +139,16 @@ class Models:
     def _signalled(self, arm: str) -> Trained:
         "An encoder that is trained by an auxiliary's signals."
         p, t, parents = self.p, self.text, []
-        main, given, apart, how = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), p.apart, arm.removeprefix("mlm+")
+        main, given, how = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), arm.removeprefix("mlm+")
         if how == "electra": given = dict(auxiliary=_encoder(p, t, self.seed + 1, p.auxiliary, p.width//2), learns=True)
         if how == "fast.frozen":
             given, parents = dict(auxiliary=self.helper().path, tokenizer=t.tokenizer), [self.helper().card]
         if how != arm:
             made = self._masked("before", p.before*self.budget)
-            main, parents, apart = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), [made.card, *parents], 0.0
+            main, parents = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), [made.card, *parents]
         weights = dict(rtd=p.rtd, clm=p.clm) | ({_LESS[how]: 0.0} if how in _LESS else {})
         both = pair(main, weights=weights, seed=self.seed, signals=[_MORE[how]()] if how in _MORE else [], **given)
-        return self._train(arm, both, self.budget - (lineage(parents).flops if parents else 0), apart, tuple(parents))
+        return self._train(arm, both, self.budget - (lineage(parents).flops if parents else 0), tuple(parents))
 
 # %% ../../nbs/recipes/30_metro.ipynb #91a6b7e5
 def reopened(models: Models, arm: str) -> Pair:
