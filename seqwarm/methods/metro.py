@@ -73,13 +73,14 @@ def _text(first: int, input_ids: torch.Tensor, labels: torch.Tensor, chance: tor
     heat = 1.0 if temperature is None else temperature.repeat_interleave(labels.shape[1])[at]
     return _Text(torch.where(labels == -100, input_ids, labels), input_ids, at, chance.flatten()[at], heat, mask, real, places)
 
-# %% ../../nbs/methods/40_metro.ipynb #b3375e25
+# %% ../../nbs/methods/40_metro.ipynb #b9c0fb5f
 class Pair(torch.nn.Module):
     "A main model, an auxiliary one, and a detector: one forward pass gives the three sums. It brings what `core.losses` wants of a module."
     def __init__(self, main: PreTrainedModel, auxiliary: PreTrainedModel,
                  weights: dict[str, float],     # of aux, rtd and clm; what weighs 0 is not computed
-                 still: bool = False):          # draw in evaluation mode
-        super().__init__()
+                 still: bool = False,           # draw in evaluation mode
+                 ramp: dict[str, float] | None = None):   # shares of the training over which weights grow, see core.losses
+        super().__init__(); self.ramp = dict(ramp or {})
         self.main, self.auxiliary, self.weights, self.still = main, auxiliary, dict(weights), still
         self.detect = torch.nn.Linear(main.config.hidden_size, 1)
         self.first = [family(m.config.model_type).first_position(m.config.pad_token_id) for m in (main, auxiliary)]
@@ -88,7 +89,8 @@ class Pair(torch.nn.Module):
     def config(self): return self.main.config
     @property
     def told(self) -> dict:
-        return dict(main=self.main.config.to_dict(), auxiliary=self.auxiliary.config.to_dict(), weights=self.weights, still=self.still)
+        return dict(main=self.main.config.to_dict(), auxiliary=self.auxiliary.config.to_dict(), weights=self.weights, still=self.still,
+                    **(dict(ramp=self.ramp) if self.ramp else {}))
     @property
     def idle(self) -> tuple[str, ...]:
         "The words for what has no loss, and must sleep."
@@ -163,7 +165,7 @@ def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, token
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
-# %% ../../nbs/methods/40_metro.ipynb #fc7bd677
+# %% ../../nbs/methods/40_metro.ipynb #aba22557
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -173,6 +175,7 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
          dropout: float = 0.0,                           # of a fresh auxiliary
          still: bool = False,                            # draw in evaluation mode, whatever the auxiliary is trained in
          prior: float | None = None,                     # share of replaced tokens that the detector begins with; None: one half
+         ramp: dict[str, float] | None = None,           # of aux, rtd, clm: over which share of the training its weight grows from 0
          seed: int = 0) -> Pair:
     "A main model with the auxiliary that makes its signals."
     for m in (m for m in (main, auxiliary) if isinstance(m, torch.nn.Module)):
@@ -182,11 +185,15 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     for name, w in (weights or {}).items():
         if name not in given: raise unknown("loss of METRO", name, given)
         given[name] = float(number(f"the weight of {name}", w, 0, float))
+    for name, r in (ramp or {}).items():
+        if name not in given: raise unknown("loss of METRO", name, given)
+        if not 0 < number(f"the ramp of {name}", r, 0, float) <= 1:
+            raise Refusal(f"the ramp of {name} cannot be {r!r}", "give a share of the training, such as 0.2")
     auxiliary = _young(main, layers, dropout, seed) if auxiliary is None else _found(auxiliary, main, tokenizer)
     if "eager" in (kinds := {m.config._attn_implementation for m in (main, auxiliary)}) and len(kinds) > 1:
         for m in (main, auxiliary): m.set_attn_implementation("eager")      # one mask for both
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still)
+        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still, ramp)
         made.detect.weight.data.normal_(0, main.config.initializer_range)
     if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
     made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
