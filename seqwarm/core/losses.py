@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from .corpus import Corpus
 from .noise import Draws
 
-# %% ../../nbs/core/79_losses.ipynb #87d0d6c2
+# %% ../../nbs/core/79_losses.ipynb #eb82c391
 def _nll(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "Sum over the asked positions of -log p(label), in nats, float32."
     given = {k: v for k, v in inputs.items() if k != "labels"}
@@ -39,9 +39,12 @@ def counts(owner: torch.nn.Module, inputs: dict[str, torch.Tensor]) -> torch.Ten
     "Over how many things each loss is a sum, [K]."
     return owner.counts(inputs) if several(owner) else (inputs["labels"] != -100).sum()[None]
 
-def weights(owner: torch.nn.Module, device: torch.device | str = "cpu") -> torch.Tensor:
-    "What each loss counts, [K]."
-    return torch.tensor(list(owner.weights.values()) if several(owner) else [1.0], device=device)
+def weights(owner: torch.nn.Module, device: torch.device | str = "cpu",
+            share: float = 1.0,              # of the stage's chain that is done
+            ) -> torch.Tensor:               # [K]
+    "What each loss counts where so much of the training is done; by default in full."
+    full, ramp = owner.weights if several(owner) else {"": 1.0}, getattr(owner, "ramp", {})
+    return torch.tensor([w*min(1.0, share/ramp[k]) if k in ramp else w for k, w in full.items()], device=device)
 
 # %% ../../nbs/core/79_losses.ipynb #bf3b17e3
 class _Surprisal(torch.autograd.Function):

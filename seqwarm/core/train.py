@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['Trained', 'train']
 
-# %% ../../nbs/core/80_train.ipynb #6d9e3f53
+# %% ../../nbs/core/80_train.ipynb #4234af45
 import json, logging, math, shutil, time
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -25,12 +25,13 @@ from .corpus import Corpus
 from .errors import Refusal, number, unknown
 from .feed import Feed, held, keep, keeping, weights_fingerprint
 from .files import fingerprint, whole_folder, write_whole
+from .guard import Guard
 from .joint import Joint
 from .layout import Layout, family, layout
 from .ledger import Cost, flops, units
 from .losses import counts, measured, several, sums, weights
 from .objectives import OBJECTIVES, _asked, objective, shape
-from .stages import Chain, Stage, asleep, chains, hand_over, optimizer
+from .stages import Chain, Stage, asleep, chains, hand_over, optimizer, set_rates
 from .vocab import tokenizer_fingerprint
 from .write import save
 
@@ -75,44 +76,49 @@ class _State:
         self.acc.save_state(str(tmp))
         if self.acc.is_main_process: write_whole(tmp/"book.json", book)
 
-# %% ../../nbs/core/80_train.ipynb #f3c14b89
+# %% ../../nbs/core/80_train.ipynb #46e07b29
 @dataclass
 class _Loop:
     "One training under way: what it reads, how it cuts its batches, and its book."
     model: torch.nn.Module; tokenizer: PreTrainedTokenizerFast; corpus: Corpus; valid: Corpus
     acc: Accelerator; lay: Layout; state: _State; bar: tqdm; book: dict
     batch: int; accumulate: int; seed: int; every: int; save_every: int; sequences: int; compile: bool; keep_bytes: float
+    guard: Guard | None = None
 
     def update(self, model, optimizer, feed: Feed, step: int, rates: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         "One step, at the rates of what woke in each stage; the mean loss (nats) and the gradient's norm, on the device."
         acc, parts = self.acc, feed.parts(step)
         torch.manual_seed((self.seed << 40) + step * acc.num_processes + acc.process_index)  # for dropout
         asked = acc.reduce(sum(counts(self.model, p) for p in parts)).clamp(min=1)
-        total, weight = torch.zeros(len(asked), device=acc.device), weights(self.model, acc.device)
+        total, full = torch.zeros(len(asked), device=acc.device), weights(self.model, acc.device)
+        weight = weights(self.model, acc.device, (step - feed.over[0]) / feed.over[1])
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else acc.no_sync(model):
                 found = sums(model, self.model, part)
                 acc.backward((found * acc.num_processes / asked * weight).sum())
             total += found.detach()
         norm = acc.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
-        for g in optimizer.param_groups: g["lr"] = rates[g["woke"]]
-        optimizer.step(); optimizer.zero_grad(set_to_none=True)
-        return (acc.reduce(total) / asked * weight).sum(), norm
+        loss = (acc.reduce(total) / asked * full).sum()
+        set_rates(optimizer, rates)
+        if self.guard is None or self.guard.good(step, loss, norm): optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss, norm
 
     def measure(self, ask, loss: float | None, lr: float) -> None:
         "A row of the book: where the run stands, its validation loss, and what else the model tells of it."
         valid = measured(self.model, self.valid, ask, self.tokenizer, self.sequences, accelerator=self.acc)
+        if self.guard: valid["skipped"] = self.guard.skipped
         self.book["rows"].append(dict(step=self.book["step"], **self.book["cost"], lr=lr, train=loss, **valid))
         shown = dict(valid=valid.pop("loss"), lr=lr) | valid | ({} if loss is None else dict(train=loss))
         if self.acc.log_with: self.acc.log(shown, step=self.book["step"])
 
-# %% ../../nbs/core/80_train.ipynb #1fccf036
+# %% ../../nbs/core/80_train.ipynb #1d86499e
 def _look(loop: _Loop, losses: list[torch.Tensor], norm: torch.Tensor, lr: float) -> None:
     "Read the losses since the last measurement into the book; refuse to go on with what is no number."
     book = loop.book
-    book["recent"], norm = torch.stack(losses).tolist(), norm.item()
+    book["recent"], norm = torch.stack(losses).tolist() if losses else [], norm.item()
     bad = np.flatnonzero(~np.isfinite(book["recent"]))
-    if not bad.size and np.isfinite(norm): return
+    if not bad.size and (loop.guard or np.isfinite(norm)): return
     what, i = (f"loss became {book['recent'][bad[0]]}", bad[0]) if bad.size else (f"gradient became {norm}", len(losses) - 1)
     raise Refusal(f"the {what} in step {book['step'] - len(losses) + i} (learning rate {lr:.2g}, gradient norm now {norm:.3g})",
                   "lower the learning rate; the last good state is kept")
@@ -124,23 +130,27 @@ def _steps(loop: _Loop, model, optimizer, feed: Feed, end: int, rates: Callable[
     model.train(); since, fresh = time.perf_counter(), 0
     while book["step"] < end:
         loss, norm = loop.update(model, optimizer, feed, book["step"], lr := rates(book["step"]))
-        losses.append(loss); fresh += 1; book["step"] += 1; book["cost"] = (Cost(**book["cost"]) + cost).as_dict()
+        if not (loop.guard and loop.guard.struck): losses.append(loss)
+        fresh += 1; book["step"] += 1; book["cost"] = (Cost(**book["cost"]) + cost).as_dict()
         row, save_now = (book["step"] % n == 0 or book["step"] == end for n in (loop.every, loop.save_every))
         if not (row or save_now or fresh == 10): continue
         _look(loop, losses, norm, lr[0])
         book["cost"]["seconds"] += (spent := time.perf_counter() - since)   # training alone: measuring and saving are not in it
-        loop.bar.set_postfix_str(f"loss {book['recent'][-1]:.3f}, {fresh * tokens / spent:,.0f} tokens/s", refresh=False)
+        told = [f"loss {x:.3f}" for x in book["recent"][-1:]] + [f"{fresh * tokens / spent:,.0f} tokens/s"]
+        if loop.guard and loop.guard.skipped: told.append(f"{loop.guard.skipped} skipped")
+        loop.bar.set_postfix_str(", ".join(told), refresh=False)
         loop.bar.update(fresh)
-        if row: loop.measure(ask, float(np.mean(book["recent"])), lr[0]); losses, book["recent"] = [], []
+        if row: loop.measure(ask, float(np.mean(book["recent"])) if losses else None, lr[0]); losses, book["recent"] = [], []
         if save_now: loop.state.keep(book)
         since, fresh = time.perf_counter(), 0
 
-# %% ../../nbs/core/80_train.ipynb #61c5c95e
+# %% ../../nbs/core/80_train.ipynb #d06f6427
 def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
     "A stage of a chain, whose first step has the number `begin`, after the optimizer of the stage `before`; its own comes back."
     acc, book, stage = loop.acc, loop.book, chain.stages[at]
     cost, once = _costs(loop.lay, stage, loop.corpus.length, loop.batch)
     over = begin - sum(s.steps for s in chain.stages[:at]), chain.steps   # first step of the chain, and how many it has
+    if loop.guard and book["step"] == begin: loop.guard.afresh()
     feed = Feed(stage, begin, loop.corpus, loop.tokenizer, loop.model.config, acc, loop.batch, loop.accumulate, loop.seed, over)
     adamw = optimizer(loop.model, loop.lay, chain, at)
     with asleep(loop.model):
@@ -156,18 +166,18 @@ def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
         acc.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False); acc.free_memory()
     return adamw
 
-# %% ../../nbs/core/80_train.ipynb #6af63288
+# %% ../../nbs/core/80_train.ipynb #e589f739
 @dataclass(frozen=True)
 class Trained:
     "A finished training: where its checkpoint lies, and how it went."
     path: Path                # a Hugging Face checkpoint with a card
-    history: pd.DataFrame     # a row a measurement: step, tokens, flops, units, seconds, lr, train, loss (both in nats), and what
-                              # else the model told
+    history: pd.DataFrame     # a row a measurement: step, tokens, flops, units, seconds, lr, train, loss (both in nats), what else
+                              # the model told, and with a guard skipped: updates so far
 
     @property
     def card(self) -> Card: return Card.load(self.path)
 
-# %% ../../nbs/core/80_train.ipynb #d3b455be
+# %% ../../nbs/core/80_train.ipynb #144f5b77
 def _places(lay: Layout, stack: str) -> float:
     "Positions that a text may have in a stack; rotary and relative ones have no end."
     own = lay.config[stack] if isinstance(lay.config.get(stack), dict) else lay.config
@@ -176,7 +186,7 @@ def _places(lay: Layout, stack: str) -> float:
 
 def _check_stage(lay: Layout, stage: Stage, corpora: tuple[Corpus, ...], batch: int, keep_bytes: float) -> None:
     "Refuse a stage that this model cannot do with these corpora."
-    lay.select(stage.frozen)   # misspelt roles, also of a stage that comes late
+    lay.select(stage.frozen); lay.select(word for word, _ in stage.rates)   # misspelt roles, also of a stage that comes late
     two, lengths = "decoder" in lay.layers, [c.length for c in corpora]
     own = lay.objectives if isinstance(lay, Joint) else [o for o in OBJECTIVES if o != "metro"]
     fits = lambda name: (shape(name, lengths[0])[1] is not None) == two and name.partition("?")[0] in own
@@ -235,7 +245,7 @@ def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[di
         loop.state.sweep("state-*")
     loop.acc.wait_for_everyone()
 
-# %% ../../nbs/core/80_train.ipynb #1d80e769
+# %% ../../nbs/core/80_train.ipynb #78bed385
 def train(model: torch.nn.Module,    # of transformers, or one that brings its losses; changed on the way, the result lies at the path
           tokenizer: PreTrainedTokenizerFast, corpus: Corpus, valid: Corpus,
           stages: list[Stage],
@@ -252,6 +262,7 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
           keep_bytes: float = 4e9,                # on disk, that a stage's kept encoder outputs may take
           compile: bool = False,                  # torch.compile
           track: str | None = None,               # 'tensorboard' or another of accelerate's trackers
+          guard: float | None = None,             # times the usual gradient norm, above which an update is skipped, see core.guard
           ) -> Trained:
     "Train a model through its stages, or find it trained."
     acc, steps, joint = _accelerator(track), sum(s.steps for s in stages), several(model)
@@ -262,20 +273,22 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
     _check(lay, tokenizer, (corpus, valid), stages, acc.num_processes, seed, keep_bytes, batch=batch, accumulate=accumulate,
            every=every, save_every=save_every, sequences=sequences)
     key = fingerprint([weights_fingerprint(model), model.told if joint else model.config.to_dict(), tokenizer_fingerprint(tokenizer),
-                       corpus.fingerprint, valid.fingerprint, [asdict(s) for s in stages], [c.id for c in parents], recipe,
+                       corpus.fingerprint, valid.fingerprint, [s.told for s in stages], [c.id for c in parents], recipe,
                        batch, accumulate, seed, every, sequences, compile,
-                       acc.device.type, torch.__version__, transformers.__version__, __version__])
+                       acc.device.type, torch.__version__, transformers.__version__, __version__,
+                       *([] if guard is None else [Guard(guard).factor])])
     folder = Path(store)/key; done = folder/"model"
     if not done.exists():
         with _held(folder, acc):
             state, book = _State(folder, acc), dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
             if acc.is_main_process: state.sweep(".*.part")   # what a kill left behind
             if newest := state.newest(): book = json.loads((newest/"book.json").read_text())
+            watch = None if guard is None else Guard(guard, book.setdefault("guard", {}))
             if track:
                 acc.project_configuration.logging_dir = str(folder/"log")
                 acc.init_trackers(name, config={"seed": seed, "batch": batch})
             with tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process, mininterval=0.5) as bar:
                 loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book,
-                             batch, accumulate, seed, every, save_every, sequences, compile, keep_bytes)
+                             batch, accumulate, seed, every, save_every, sequences, compile, keep_bytes, watch)
                 _run_stages(loop, stages, done, lambda cost: Card.child(name, recipe, list(parents), cost))
     return Trained(done, pd.DataFrame(json.loads((folder/"history.json").read_text())))

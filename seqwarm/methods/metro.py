@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sample', 'Pair', 'pair']
 
-# %% ../../nbs/methods/40_metro.ipynb #7ea12dc4
+# %% ../../nbs/methods/40_metro.ipynb #8859df08
 from collections.abc import Iterable
 from contextlib import contextmanager
 from copy import deepcopy
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from transformers import AutoModelForMaskedLM, PreTrainedModel, PreTrainedTokenizerFast
+from ..core.detection import WIDTH, counted, told
 from ..core.errors import Refusal, number, unknown
 from ..core.joint import Joint, joint
 from ..core.layout import Tensor, family, layout
@@ -71,14 +72,15 @@ def _text(first: int, input_ids: torch.Tensor, labels: torch.Tensor, chance: tor
     heat = 1.0 if temperature is None else temperature.repeat_interleave(labels.shape[1])[at]
     return _Text(torch.where(labels == -100, input_ids, labels), input_ids, at, chance, heat, mask, real, places)
 
-# %% ../../nbs/methods/40_metro.ipynb #9223cd49
+# %% ../../nbs/methods/40_metro.ipynb #d573848b
 class Pair(torch.nn.Module):
     "A main model, an auxiliary one, and a detector: one forward pass gives all sums. It brings what `core.losses` wants of a module."
     def __init__(self, main: PreTrainedModel, auxiliary: PreTrainedModel,
                  weights: dict[str, float],     # of aux, rtd, clm, and signals in their order; what weighs 0 is not computed
                  still: bool = False,           # draw in evaluation mode
-                 signals: Iterable[torch.nn.Module] = ()):      # losses of the main model beside these
-        super().__init__()
+                 signals: Iterable[torch.nn.Module] = (),       # losses of the main model beside these
+                 ramp: dict[str, float] | None = None):         # shares of the training over which weights grow, see core.losses
+        super().__init__(); self.ramp = dict(ramp or {})
         self.main, self.auxiliary, self.weights, self.still = main, auxiliary, dict(weights), still
         self.detect = torch.nn.Linear(main.config.hidden_size, 1)
         self.signals = torch.nn.ModuleDict({s.name: s for s in signals})
@@ -89,7 +91,8 @@ class Pair(torch.nn.Module):
     @property
     def told(self) -> dict:
         own = dict(main=self.main.config.to_dict(), auxiliary=self.auxiliary.config.to_dict(), weights=self.weights, still=self.still)
-        return own | (dict(signals={k: s.told for k, s in self.signals.items()}) if self.signals else {})
+        more = dict(signals={k: s.told for k, s in self.signals.items()}, ramp=self.ramp)
+        return own | {k: v for k, v in more.items() if v}
     @property
     def everywhere(self) -> bool:
         "Whether the main model's head is asked at all tokens."
@@ -187,7 +190,7 @@ def _given(weights: dict[str, float], begin: dict[str, float], signals: list[tor
     given = {name: float(number(f"the weight of {name}", w, 0, float)) for name, w in (given | weights).items()}
     return {name: w for name, w in given.items() if w or name in _WEIGHTS}
 
-# %% ../../nbs/methods/40_metro.ipynb #57051c0d
+# %% ../../nbs/methods/40_metro.ipynb #77ce2fb8
 def pair(main: PreTrainedModel,                          # a masked LM of transformers, fresh or warm; changed by training
          layers: int | None = None,                      # of the auxiliary; by default a third of the main model's
          auxiliary: PreTrainedModel | str | Path | None = None,    # an MLM that exists, or its folder
@@ -198,6 +201,7 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
          copied: bool = False,                           # whether a fresh auxiliary begins as the main model's lowest layers
          still: bool = False,                            # draw in evaluation mode, whatever the auxiliary is trained in
          prior: float | None = None,                     # share of replaced tokens that the detector begins with; None: one half
+         ramp: dict[str, float] | None = None,           # by loss: over which share of the training its weight grows from 0
          seed: int = 0,
          signals: Iterable[torch.nn.Module] = (),                  # losses beside these (methods.signals); copied, what weighs 0 left out
          ) -> Pair:
@@ -207,11 +211,15 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
         if m.get_output_embeddings() is None: raise Refusal(f"a {type(m).__name__} has no head over the vocabulary", "take ...ForMaskedLM")
     given = _given(weights or {}, dict(aux=0.0) if auxiliary is not None and not learns else {}, signals := list(signals))
     signals = [deepcopy(s) for s in signals if s.name in given]
+    for name, r in (ramp or {}).items():
+        if name not in given: raise unknown("loss of METRO", name, given)
+        if not 0 < number(f"the ramp of {name}", r, 0, float) <= 1:
+            raise Refusal(f"the ramp of {name} cannot be {r!r}", "give a share of the training, such as 0.2")
     auxiliary = _young(main, layers, dropout, copied, seed) if auxiliary is None else _found(auxiliary, main, tokenizer)
     if "eager" in (kinds := {m.config._attn_implementation for m in (main, auxiliary)}) and len(kinds) > 1:
         for m in (main, auxiliary): m.set_attn_implementation("eager")      # one mask for both
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still, signals)
+        torch.manual_seed(seed); made = Pair(main, auxiliary, given, still, signals, ramp)
         made.detect.weight.data.normal_(0, main.config.initializer_range)
         for s in signals: s.fit(main)
     if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
@@ -235,9 +243,7 @@ def _layout(self: Pair) -> Joint:
 
 Pair.layout = property(_layout)
 
-# %% ../../nbs/methods/40_metro.ipynb #62509eaf
-_BINS, _SPAN = 4096, 16.0     # of the detector's scores, from -16 to 16
-
+# %% ../../nbs/methods/40_metro.ipynb #30480aa0
 def _spread(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
     "Of each row [B] with at least one token."
     w = (real / real.sum(1, keepdim=True).clamp(min=1))[..., None]
@@ -248,26 +254,20 @@ def _spread(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 
 @torch.no_grad()
 def _tally(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
-    "Sums and counts of the losses [2K]; hits, said, replaced, spread, rows [5]; histograms of original and replaced tokens' scores."
+    "Sums and counts of the losses [2K]; spread, rows; what `core.detection` counts."
     found, x, filled, states, scores = _pass(self, inputs)
-    wrong, real, apart = filled != x.ids, x.real, _spread(states, x.real)
-    said = (scores > 0) & real
-    bins = ((scores.clamp(-_SPAN, _SPAN) + _SPAN) * (_BINS/(2*_SPAN))).long().clamp(max=_BINS - 1)
-    tables = [torch.bincount(bins[real & (wrong == yes)], minlength=_BINS) for yes in (False, True)]
-    few = [(said & wrong).sum(), said.sum(), (wrong & real).sum(), apart.sum(), torch.tensor(len(apart), device=apart.device)]
-    return torch.cat([found.double(), self.counts(inputs).double(), torch.stack([y.double() for y in few]), *(t.double() for t in tables)])
+    apart = _spread(states, x.real)
+    few = torch.stack([apart.sum().double(), torch.tensor(len(apart), device=apart.device).double()])
+    return torch.cat([found.double(), self.counts(inputs).double(), few, counted(scores, filled != x.ids, x.real)])
 
 def _read(self: Pair, totals: torch.Tensor) -> dict[str, float]:
     "loss (weighted), aux, rtd, clm, signals by their names, and the measures above."
     K, t = len(self.weights), totals.double().cpu().numpy()
-    means, (masked, every), (hits, said, wrong, apart, rows) = t[:K]/np.maximum(t[K:2*K], 1), t[K:K + 2], t[2*K:2*K + 5]
-    original, replaced = t[2*K + 5:].reshape(2, _BINS)
-    share, below = wrong/max(every, 1), np.cumsum(original) - original/2
-    base = -sum(q*log(q) for q in (share, 1 - share) if q > 0)
+    means, (masked, every), (apart, rows), seen = t[:K]/np.maximum(t[K:2*K], 1), t[K:K + 2], t[2*K:2*K + 2], told(t[2*K + 2:])
     over = lambda a, b: float(a/b) if b else float("nan")
     return dict(loss=float(sum(w*m for w, m in zip(self.weights.values(), means))), **dict(zip(self.weights, means.tolist())),
-                replaced=over(wrong, masked), auc=over((below*replaced).sum(), original.sum()*wrong), recall=over(hits, wrong),
-                precision=over(hits, said), over_base=over(means[1], base), spread=over(apart, rows))
+                replaced=over(seen["share"]*every, masked), **{k: seen[k] for k in ("auc", "recall", "precision")},
+                over_base=over(means[1], seen["base"]), spread=over(apart, rows))
 
 Pair.tally, Pair.read = _tally, _read
 
