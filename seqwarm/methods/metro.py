@@ -99,7 +99,7 @@ class Pair(torch.nn.Module):
         model = (self.main, self.auxiliary)[which]
         return model.base_model(input_ids=ids, attention_mask=x.mask, position_ids=x.places + self.first[which]).last_hidden_state
 
-# %% ../../nbs/methods/40_metro.ipynb #b015ff57
+# %% ../../nbs/methods/40_metro.ipynb #b04e7959
 def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
     "The auxiliary's summed loss, and the text [B, S] with what it put in the places of the masks."
     look = lambda: _logits(self.auxiliary, self.states(1, x.shown, x).flatten(0, 1)[x.at])
@@ -113,7 +113,7 @@ def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
 def _pass(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The sums [3]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
     x = _text(self.first[0], **inputs)
-    aux, filled = _fill(self, x)
+    aux, filled = self.fill(x)
     states = self.states(0, filled, x)
     scores, clm = self.detect(states)[..., 0].float(), torch.zeros((), device=states.device)
     rtd = F.binary_cross_entropy_with_logits(scores, (filled != x.ids).float(), weight=x.real.float(), reduction="sum")
@@ -136,9 +136,9 @@ def _counts(self: Pair, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     real = mask.bool().sum() if mask is not None and mask.dim() == 2 else torch.full_like(asked, inputs["labels"].numel())
     return torch.stack([asked, real, asked])
 
-Pair.forward, Pair.counts = _forward, _counts
+Pair.fill, Pair.forward, Pair.counts = _fill, _forward, _counts
 
-# %% ../../nbs/methods/40_metro.ipynb #a1a8305e
+# %% ../../nbs/methods/40_metro.ipynb #fd9d0ae9
 _WEIGHTS = dict(aux=1.0, rtd=50.0, clm=1.0)     # Bajaj et al. (2022)
 
 def _young(main: PreTrainedModel, layers: int | None, dropout: float, seed: int) -> PreTrainedModel:
@@ -152,14 +152,15 @@ def _young(main: PreTrainedModel, layers: int | None, dropout: float, seed: int)
     auxiliary.tie_weights()
     return auxiliary
 
-def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedModel:
+def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel | None,
+           tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedModel:
     "An auxiliary that exists, if it speaks the main model's language."
     if not isinstance(auxiliary, PreTrainedModel):
         if tokenizer is None: raise Refusal("whether the auxiliary's tokenizer is the main model's can't be told", "give tokenizer=")
         if tokenizer_fingerprint(load_tokenizer(auxiliary)) != tokenizer_fingerprint(tokenizer):
             raise Refusal(f"the tokenizer of the auxiliary {auxiliary} differs from the main model's", "take an MLM with the same one")
         auxiliary = AutoModelForMaskedLM.from_pretrained(auxiliary, dtype=torch.float32)
-    one, other = (m.config.vocab_size for m in (auxiliary, main))
+    one, other = (m.config.vocab_size for m in (auxiliary, main or auxiliary))
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
@@ -193,16 +194,17 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     made.detect.to(main.device, main.dtype)
     return made
 
-# %% ../../nbs/methods/40_metro.ipynb #020da629
+# %% ../../nbs/methods/40_metro.ipynb #e214eeb1
 def _layout(self: Pair) -> Joint:
     "Both models and the detector in one layout, stacks `main` and `auxiliary`."
-    parts = {s: layout(m.config, type(m).__name__) for s, m in (("main", self.main), ("auxiliary", self.auxiliary))}
+    both = dict(main=self.main, auxiliary=self.auxiliary)
+    parts = {s: layout(m.config, type(m).__name__) for s, m in both.items() if hasattr(m, "config")}
     D = self.main.config.hidden_size
     head = [Tensor("detect.weight", "detect", "", None, ("one", "hidden"), (1, D), out=0),
             Tensor("detect.bias", "detect.bias", "", None, ("one",), (1,))]
-    one = self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
+    one = len(parts) == 2 and self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
     shared = {f"auxiliary.{parts['auxiliary'].one('embed.token').name}": f"main.{parts['main'].one('embed.token').name}"} if one else {}
-    return joint("Pair", parts, dict(main=head), shared, {} if self.weights["clm"] else dict(main="head"))
+    return joint(type(self).__name__, parts, dict(main=head), shared, {} if self.weights["clm"] else dict(main="head"))
 
 Pair.layout = property(_layout)
 
