@@ -150,7 +150,7 @@ def _fill(model: PreTrainedModel, first: int, batches: Iterator, folder: Path, k
     for x in table.values(): x.flush()
     return told | dict(mass={f"{T:g}": m / at for T, m in zip(HEATS, mass)})
 
-# %% ../../nbs/methods/47_offline.ipynb #66d74477
+# %% ../../nbs/methods/47_offline.ipynb #775d2134
 def _cost(model: PreTrainedModel, length: int, rows: int, places: int, steps: int) -> Cost:
     "Of one forward pass over rows with so many masked places; a layer that sleeps counts half a unit."
     lay = layout(model.config, type(model).__name__)
@@ -160,7 +160,8 @@ def _cost(model: PreTrainedModel, length: int, rows: int, places: int, steps: in
 def _opened(auxiliary: PreTrainedModel | str | Path, tokenizer, parents: tuple[Card, ...]) -> tuple[PreTrainedModel, tuple[Card, ...]]:
     "The auxiliary, and the cards that it comes with."
     if not isinstance(auxiliary, PreTrainedModel):
-        parents, auxiliary = (*parents, Checkpoint(auxiliary).card), _found(auxiliary, None, tokenizer)
+        auxiliary, path = _found(auxiliary, None, tokenizer), auxiliary
+        parents = (*parents, Checkpoint(path).card)
     if auxiliary.config.model_type not in _KINDS: raise unknown("encoder for METRO", auxiliary.config.model_type, _KINDS)
     if auxiliary.get_output_embeddings() is None:
         raise Refusal(f"a {type(auxiliary).__name__} has no head over the vocabulary", "take ...ForMaskedLM")
