@@ -43,7 +43,7 @@ def likeliest(logits: torch.Tensor,     # [N, V]
     few = z.gather(-1, ids)
     return ids, few - few.max(-1, keepdim=True).values, mass
 
-# %% ../../nbs/methods/47_offline.ipynb #f77a7d6c
+# %% ../../nbs/methods/47_offline.ipynb #d195c4ab
 def _keys(x: _Text) -> tuple[np.ndarray, np.ndarray]:
     "Address [B] of each row, and how many of its tokens are masked [B]."
     rows = torch.stack([x.shown, x.ids, x.places, x.real.to(x.ids.dtype)], 1).cpu().numpy()
@@ -67,15 +67,18 @@ class Kept:
         "Mean probability that the k tokens have of all, by temperature."
         return self.told["mass"]
 
-    def find(self, x: _Text) -> np.ndarray:
-        "Where in the table the masked places of a batch are, [N]."
-        (keys, asked), i = _keys(x), 0
+    @torch.compiler.disable
+    def read(self, x: _Text) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        "Of the masked places of a batch: ids [N, k], logits [N, k], and the auxiliary's loss there [N]."
+        keys, asked = _keys(x)
         i = np.minimum(np.searchsorted(self.keys, keys), len(self.keys) - 1)
         lost = (self.keys[i] != keys) | (self.first[i, 1] != asked)
         if lost.any():
             raise Refusal(f"of {int(lost.sum())} of {len(keys)} rows nothing was foreseen in {self.folder}",
                           "give propose the corpora, stages, batch, seed and sequences of the training")
-        return np.repeat(self.first[i, 0] - np.cumsum(asked) + asked, asked) + np.arange(asked.sum())
+        at = np.repeat(self.first[i, 0] - np.cumsum(asked) + asked, asked) + np.arange(asked.sum())
+        kinds = (self.ids, np.int64), (self.logits, np.float32), (self.nll, np.float32)
+        return tuple(torch.from_numpy(np.asarray(table[at], kind)).to(x.ids.device) for table, kind in kinds)
 
 # %% ../../nbs/methods/47_offline.ipynb #07258a09
 _FILES = ("keys", "first", "ids", "logits", "nll")
@@ -218,7 +221,7 @@ def _write(model: PreTrainedModel, first: int, batches: Iterator, done: Path, ke
             spent = (cost + Cost(seconds=time.perf_counter() - begun)).as_dict()
             Card.child("proposals", "propose", parents, spent).sealed(told["address"]).write(tmp)
 
-# %% ../../nbs/methods/47_offline.ipynb #b54c6f06
+# %% ../../nbs/methods/47_offline.ipynb #d51fd2d1
 class Offline(Pair):
     "A main model and a detector, and proposals from disk in place of an auxiliary."
     def __init__(self, main: PreTrainedModel,                   # a masked LM of transformers, fresh or warm; changed by training
@@ -245,8 +248,6 @@ class Offline(Pair):
 
     def fill(self, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
         "The auxiliary's summed loss, and the text [B, S] with what is drawn from its proposals in the places of the masks."
-        at, device = self.kept.find(x), x.ids.device
-        ids, logits, nll = (torch.from_numpy(np.asarray(t[at], kind)).to(device) for t, kind in
-                            ((self.kept.ids, np.int64), (self.kept.logits, np.float32), (self.kept.nll, np.float32)))
+        ids, logits, nll = self.kept.read(x)
         put = ids.gather(1, sample(logits, x.chance, x.temperature)[:, None])[:, 0]
         return nll.sum(), x.ids.flatten().scatter(0, x.at, put).view_as(x.ids)
