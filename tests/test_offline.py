@@ -233,7 +233,7 @@ def test_what_the_auxiliary_cost_is_paid_once(data, folder):
     first = train_metro.main(str(folder), str(folder/"first"))
     table = propose(first.path/"auxiliary", stages=stages(), store=folder/"line", **data, **SIZES, k=5)
     assert table.card.parents == [Card.load(first.path/"auxiliary").id]
-    one, two = (run(offline(data, table, seed=s), data, folder/"line", parents=(table.card,)) for s in (0, 1))
+    one, two = (run(offline(data, table, weights=dict(rtd=w)), data, folder/"line", parents=(table.card,)) for w in (50.0, 10.0))
     own, made = Cost.of(one.card.cost), offline(data, table)
     assert own.flops == 6 * 4 * flops(made.layout, 16, asked=5) and own.tokens == 6 * 4 * 16 and own.units == pytest.approx(units(made.layout, 6))
     add = lambda *costs: sum((Cost.of(c).flops for c in costs), 0.0)
