@@ -20,6 +20,7 @@ from train_small import equal, given, weights
 
 NAME = "metro?rate=0.3&heat=2&tau=0.5"
 SIZES = dict(batch=4, sequences=8)
+pytestmark = pytest.mark.usefixtures("quick")
 
 def stages(repeat=None, name=NAME, frozen=()): return [Stage(6, 5e-3, name, frozen=frozen, repeat=repeat)]
 
