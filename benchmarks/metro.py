@@ -127,7 +127,8 @@ def measure(size: str, kind: str, rounds: int, clock) -> pd.DataFrame:
     "A row for each arm."
     sizes = tuple(map(int, size.split("x"))); acc, given = begin(sizes)
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        kept = fill(kind, sizes, given, folder); table = str(kept.folder)
+        kept = fill(kind, sizes, given, folder)
+        table, once = str(kept.folder), kept.card.cost["seconds"] / kept.told["batches"]
         alone = lambda name: subprocess.run([sys.executable, __file__, "--peak", name, size, kind, table], check=True,
                                             stdout=subprocess.PIPE, text=True).stdout
         peaks = {name: int(alone(name).split()[-1]) for name in ARMS}
@@ -145,7 +146,7 @@ def measure(size: str, kind: str, rounds: int, clock) -> pd.DataFrame:
         rows[f"off_{base}"] = rows[f"over_{base}"] / rows[f"flops_{base}"] - 1
         rows[f"low_{base}"], rows[f"high_{base}"] = over.min(), over.max()
     rows["peak_mb"] = pd.Series(peaks) / 1e6
-    rows["once"] = pd.Series(dict(offline=kept.card.cost["seconds"] / kept.told["batches"]))
+    rows["once"] = pd.Series(dict(offline=once))
     rows = rows.round(4).rename_axis("arm").reset_index()
     rows.insert(0, "size", size); rows.insert(1, "kind", kind)
     return rows
