@@ -124,11 +124,11 @@ def _everywhere(self: Pair, x: _Text, states: torch.Tensor) -> torch.Tensor:
     found = surprisal(_logits(self.main, states.flatten(0, 1)[at]), x.ids.flatten()[at])
     return found.new_zeros(x.real.numel()).index_copy(0, at, found).view_as(x.real)
 
-# %% ../../nbs/methods/40_metro.ipynb #8b52872a
+# %% ../../nbs/methods/40_metro.ipynb #3f398d49
 def _pass(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The sums [K]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
     x = _text(self.first[0], **inputs)
-    aux, filled = _fill(self, x)
+    aux, filled = self.fill(x)
     states = self.states(0, filled, x)
     scores, clm = self.detect(states)[..., 0].float(), torch.zeros((), device=states.device)
     rtd = F.binary_cross_entropy_with_logits(scores, (filled != x.ids).float(), weight=x.real.float(), reduction="sum")
@@ -153,9 +153,9 @@ def _counts(self: Pair, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     asked, real = (inputs["labels"] != -100).sum(), _real(**inputs)
     return torch.stack([asked, real.sum(), asked, *(s.counts(real) for s in self.signals.values())])
 
-Pair.forward, Pair.counts = _forward, _counts
+Pair.fill, Pair.forward, Pair.counts = _fill, _forward, _counts
 
-# %% ../../nbs/methods/40_metro.ipynb #0ab75dd6
+# %% ../../nbs/methods/40_metro.ipynb #e5899f49
 _WEIGHTS = dict(aux=1.0, rtd=50.0, clm=1.0)     # Bajaj et al. (2022)
 
 def _young(main: PreTrainedModel, layers: int | None, dropout: float, copied: bool, seed: int) -> PreTrainedModel:
@@ -170,14 +170,15 @@ def _young(main: PreTrainedModel, layers: int | None, dropout: float, copied: bo
     auxiliary.tie_weights()
     return auxiliary
 
-def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel, tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedModel:
+def _found(auxiliary: PreTrainedModel | str | Path, main: PreTrainedModel | None,
+           tokenizer: PreTrainedTokenizerFast | None) -> PreTrainedModel:
     "An auxiliary that exists, if it speaks the main model's language."
     if not isinstance(auxiliary, PreTrainedModel):
         if tokenizer is None: raise Refusal("whether the auxiliary's tokenizer is the main model's can't be told", "give tokenizer=")
         if tokenizer_fingerprint(load_tokenizer(auxiliary)) != tokenizer_fingerprint(tokenizer):
             raise Refusal(f"the tokenizer of the auxiliary {auxiliary} differs from the main model's", "take an MLM with the same one")
         auxiliary = AutoModelForMaskedLM.from_pretrained(auxiliary, dtype=torch.float32)
-    one, other = (m.config.vocab_size for m in (auxiliary, main))
+    one, other = (m.config.vocab_size for m in (auxiliary, main or auxiliary))
     if one != other: raise Refusal(f"the auxiliary has {one} tokens and the main model {other}", "take one of the same vocabulary")
     return auxiliary
 
@@ -227,18 +228,19 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     for m in (made.detect, made.signals): m.to(main.device, main.dtype)
     return made
 
-# %% ../../nbs/methods/40_metro.ipynb #c0c9573d
+# %% ../../nbs/methods/40_metro.ipynb #bd14affb
 def _layout(self: Pair) -> Joint:
     "Both models and the detector in one layout, stacks `main` and `auxiliary`."
-    parts = {s: layout(m.config, type(m).__name__) for s, m in (("main", self.main), ("auxiliary", self.auxiliary))}
+    both = dict(main=self.main, auxiliary=self.auxiliary)
+    parts = {s: layout(m.config, type(m).__name__) for s, m in both.items() if hasattr(m, "config")}
     D = self.main.config.hidden_size
     head = [Tensor("detect.weight", "detect", "", None, ("one", "hidden"), (1, D), out=0),
             Tensor("detect.bias", "detect.bias", "", None, ("one",), (1,))]
     head += [replace(t, name=f"signals.{k}.{t.name}") for k, s in self.signals.items() for t in s.tensors(D)]
-    one = self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
+    one = len(parts) == 2 and self.main.get_input_embeddings().weight is self.auxiliary.get_input_embeddings().weight
     shared = {f"auxiliary.{parts['auxiliary'].one('embed.token').name}": f"main.{parts['main'].one('embed.token').name}"} if one else {}
     again = [("main", s.again) for s in self.signals.values() if s.again]
-    return joint("Pair", parts, dict(main=head), shared, dict(main="head") if "main/head" in self.idle else {},
+    return joint(type(self).__name__, parts, dict(main=head), shared, dict(main="head") if "main/head" in self.idle else {},
                  ("main",) * self.everywhere, again, ("metro",))
 
 Pair.layout = property(_layout)
