@@ -85,7 +85,7 @@ def arm(name: str, kind: str, sizes: tuple[int, ...], given: tuple, acc: Acceler
     adamw = optimizer(whole, lay, chain)
     stack.enter_context(asleep(model))
     feed = Feed(chain.stages[0], 0, corpus, tokenizer, model.config, acc, sizes[3], 1, 0)
-    loop = SimpleNamespace(acc=acc, seed=0, model=model)
+    loop = SimpleNamespace(acc=acc, seed=0, model=model, guard=None)
     model, adamw = acc.prepare(model, adamw)
     model.train()
     def step(i: int) -> float:

@@ -15,7 +15,7 @@ from seqwarm.recipes.metro import _FATES, Models, _encoder, _lead, _points, _ste
 
 WISH = dict(seeds=[0], text="world:a + world:b", valid=None, sleeping=False, kind="mpnet", mask_rate=0.15, apart=0.5, rtd=50.0, clm=1.0, auxiliary=None,
             heat=2.0, tau=0.1, ahead=0.2, before=0.5, heads=4)
-ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "mlm+metro", "mlm+fast.frozen"]
+ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "fast.offline", "mlm+metro", "mlm+fast.frozen"]
 
 @pytest.mark.parametrize("wish, says", [
     (dict(arms=["mtero"]), "did you mean 'metro'"), (dict(arms=[]), "arms is an empty list"), (dict(seeds=[1, 1]), "seeds names something twice"),
@@ -40,7 +40,7 @@ def test_all_arms_cost_the_same(models):
         assert abs(lineage(models[arm].card).flops/models.budget - 1) < 0.06, arm     # half a step of twenty, twice where it had a beginning
     steps = {arm: models[arm].history.step.iloc[-1] for arm in ARMS}
     assert steps["mlm"] == 20 > steps["electra"] > steps["metro"] == steps["fast"] > steps["mlm+metro"]
-    with pytest.raises(Refusal, match="nothing of the budget is left"): models._train("metro", Masked(_encoder(models.p, models.text, 0)), 0)
+    with pytest.raises(Refusal, match="nothing of the budget is left"): models._stages("metro", Masked(_encoder(models.p, models.text, 0)), 0)
 
 def test_random_is_not_trained(models):
     fresh, kept = _encoder(models.p, models.text, 0).state_dict(), AutoModelForMaskedLM.from_pretrained(models["random"].path).state_dict()
@@ -50,6 +50,9 @@ def test_a_sleeping_auxiliary_is_the_one_that_was_trained_ahead(models):
     made = models["fast.frozen"]
     asleep = reopened(models, "fast.frozen").auxiliary.state_dict()
     assert all(torch.equal(x, asleep[n]) for n, x in AutoModelForMaskedLM.from_pretrained(models.helper().path).state_dict().items())
+    offline = models["fast.offline"]
+    assert offline.history.step.iloc[-1] == made.history.step.iloc[-1] and not (offline.path/"auxiliary").exists()
+    assert lineage(offline.card).flops == pytest.approx(lineage(made.card).flops, rel=0.02)      # the guesses cost the same, once
     assert len(models["mlm+fast.frozen"].card.parents) == 2
     assert not (made.path/"auxiliary").exists() and len(made.card.parents) == 1
     assert lineage(made.card).flops - made.card.cost["flops"] == pytest.approx(models.p.ahead*models.budget, rel=0.2)

@@ -25,7 +25,7 @@ from .objectives import Draws, objective, shape
 from .stages import Stage
 from .vocab import tokenizer_fingerprint
 
-# %% ../../nbs/core/78_feed.ipynb #76dbc301
+# %% ../../nbs/core/78_feed.ipynb #84c65e55
 def _cut(value, parts: int) -> list:
     "A tensor in parts along its first axis; several masks by name, cut together."
     if torch.is_tensor(value): return list(value.chunk(parts))
@@ -48,10 +48,14 @@ class Feed:
         "The step whose samples and noise a step reads."
         return self.begin + (step - self.begin) % self.stage.repeat if self.stage.repeat else step
 
+    def done(self, step: int) -> float:
+        "Share of the training that lies before a step."
+        first, steps = self.over or (self.begin, self.stage.steps)
+        return (step - first) / steps
+
     def parts(self, step: int) -> list[dict[str, torch.Tensor]]:
         "This rank's inputs of a step, in the parts to be accumulated."
-        (first, steps), device = self.over or (self.begin, self.stage.steps), self.acc.device
-        share, step = (step - first) / steps, self.place(step)
+        share, step, device = self.done(step), self.place(step), self.acc.device
         packed = self.corpus.sample(step * self.batch + self.acc.process_index * self.share + np.arange(self.share))
         inputs = objective(self.stage.objective)(packed, Draws(self.seed, step, packed.samples, share), self.config, self.tokenizer)
         if self.kept is not None:

@@ -76,7 +76,7 @@ class _State:
         self.acc.save_state(str(tmp))
         if self.acc.is_main_process: write_whole(tmp/"book.json", book)
 
-# %% ../../nbs/core/80_train.ipynb #46e07b29
+# %% ../../nbs/core/80_train.ipynb #afa4d169
 @dataclass
 class _Loop:
     "One training under way: what it reads, how it cuts its batches, and its book."
@@ -91,7 +91,7 @@ class _Loop:
         torch.manual_seed((self.seed << 40) + step * acc.num_processes + acc.process_index)  # for dropout
         asked = acc.reduce(sum(counts(self.model, p) for p in parts)).clamp(min=1)
         total, full = torch.zeros(len(asked), device=acc.device), weights(self.model, acc.device)
-        weight = weights(self.model, acc.device, (step - feed.over[0]) / feed.over[1])
+        weight = weights(self.model, acc.device, feed.done(step))
         for i, part in enumerate(parts):
             with nullcontext() if i == len(parts) - 1 else acc.no_sync(model):
                 found = sums(model, self.model, part)

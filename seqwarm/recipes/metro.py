@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'reopened', 'proposals', 'measure', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/30_metro.ipynb #fe6a9477
+# %% ../../nbs/recipes/30_metro.ipynb #9d2bb7d8
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -29,9 +29,10 @@ from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
 from ..core.train import Trained, train
 from ..methods.metro import Pair, _pass, pair
+from ..methods.offline import Offline, propose
 from ..methods.signals import Contrast, Copying
 
-# %% ../../nbs/recipes/30_metro.ipynb #aa76525c
+# %% ../../nbs/recipes/30_metro.ipynb #6e6625d7
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, steps=24, rate=4e-3, metro_rate=1e-3, probe_steps=12,
                   examples=64, arms=["mlm", "metro"], tasks=["pos", "topic"]),
@@ -41,11 +42,11 @@ _SIZES = {
     "full": dict(words=5_000_000, vocab=8000, length=256, batch=64, width=512, layers=12, steps=20_000, rate=5e-4, metro_rate=5e-4,
                  probe_steps=1000, examples=10_000, tasks=["pos", "entities", "topic", "entailment"],
                  arms=["random", "mlm", "electra", "metro", "metro-clm", "metro-rtd", "metro+copy", "metro+contrast", "fast", "fast.frozen",
-                       "mlm+metro", "mlm+fast.frozen"])}
+                       "fast.offline", "mlm+metro", "mlm+fast.frozen"])}
 _CLASSES = dict(mpnet=MPNetForMaskedLM, pre=RobertaPreLayerNormForMaskedLM, bert=BertForMaskedLM)
 _LESS = {"metro-clm": "clm", "metro-rtd": "rtd", "electra": "clm", "metro+copy": "clm"}      # arm -> the loss that it does without
 _MORE = {"metro+copy": Copying, "metro+contrast": Contrast}
-_SIGNALS = ("electra", "metro", "metro-clm", "metro-rtd", *_MORE, "fast", "fast.frozen")
+_SIGNALS = ("electra", "metro", "metro-clm", "metro-rtd", *_MORE, "fast", "fast.frozen", "fast.offline")
 _ARMS = ("random", "mlm", *_SIGNALS, *(f"mlm+{arm}" for arm in _SIGNALS))
 
 def sized(scale: str, **wishes: Any) -> SimpleNamespace:
@@ -104,7 +105,7 @@ def _encoder(p: SimpleNamespace, text: Text, seed: int, layers: int | None = Non
     return fresh_encoder(_CLASSES[p.kind], seed, width or p.width, layers or p.layers, p.heads, p.length, len(text.tokenizer),
                          layer_norm_eps=1e-5, **own, **text.ids)
 
-# %% ../../nbs/recipes/30_metro.ipynb #f55bc31c
+# %% ../../nbs/recipes/30_metro.ipynb #789f1a38
 class Models:
     "The encoders of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -115,22 +116,23 @@ class Models:
         if arm not in self._made: self._made[arm] = self._masked(arm, self.budget) if arm in ("random", "mlm") else self._signalled(arm)
         return self._made[arm]
 
-    def _train(self, arm: str, module: Masked | Pair, left: float, parents: tuple[Card, ...] = ()) -> Trained:
-        "Train for what is left of the budget."
-        p, t, n = self.p, self.text, round(left/_step_flops(self.p, module))
+    def _stages(self, arm: str, module: Masked | Pair, left: float, frozen: tuple[str, ...] = ()) -> list[Stage]:
+        "Stages that cost what is left of the budget."
+        p, n = self.p, round(left/_step_flops(self.p, module))
         if n < 1: raise Refusal(f"nothing of the budget is left for a step of {arm}", "give more `steps`, or less `ahead` or `before`")
-        masked, asleep = isinstance(module, Masked), getattr(module, "idle", ())
-        stages = apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), p.apart, frozen=asleep)
-        return train(module, t.tokenizer, t.train, t.valid, stages, self.store, f"{arm} {self.seed}", "metro", parents, batch=p.batch,
+        masked = isinstance(module, Masked)
+        return apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), p.apart, frozen=frozen)
+
+    def _train(self, arm: str, module: Masked | Pair, stages: list[Stage], parents: tuple[Card, ...] = ()) -> Trained:
+        t, n = self.text, sum(s.steps for s in stages)
+        return train(module, t.tokenizer, t.train, t.valid, stages, self.store, f"{arm} {self.seed}", "metro", parents, batch=self.p.batch,
                      seed=self.seed, save_every=max(100, n//4), sequences=min(64, len(t.valid)))
 
     def _masked(self, arm: str, budget: float, layers: int | None = None) -> Trained:
         "A masked LM; `random`: of one step at a rate that leaves it as it was."
         module = Masked(_encoder(self.p, self.text, self.seed, layers))
-        if arm != "random": return self._train(arm, module, budget)
-        t, p = self.text, self.p
-        return train(module, t.tokenizer, t.train, t.valid, [Stage(1, 0.0, _asking(p, "mlm"), weight_decay=0.0)], self.store,
-                     f"{arm} {self.seed}", "metro", batch=p.batch, seed=self.seed, sequences=min(64, len(t.valid)))
+        if arm == "random": return self._train(arm, module, [Stage(1, 0.0, _asking(self.p, "mlm"), weight_decay=0.0)])
+        return self._train(arm, module, self._stages(arm, module, budget))
 
     def helper(self) -> Trained:
         "The auxiliary that is trained ahead."
@@ -141,14 +143,23 @@ class Models:
         p, t, parents = self.p, self.text, []
         main, given, how = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), arm.removeprefix("mlm+")
         if how == "electra": given = dict(auxiliary=_encoder(p, t, self.seed + 1, p.auxiliary, p.width//2), learns=True)
-        if how == "fast.frozen":
+        if how in ("fast.frozen", "fast.offline"):
             given, parents = dict(auxiliary=self.helper().path, tokenizer=t.tokenizer), [self.helper().card]
         if how != arm:
             made = self._masked("before", p.before*self.budget)
             main, parents = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), [made.card, *parents]
         weights = dict(rtd=p.rtd, clm=p.clm) | ({_LESS[how]: 0.0} if how in _LESS else {})
         both = pair(main, weights=weights, seed=self.seed, signals=[_MORE[how]()] if how in _MORE else [], **given)
-        return self._train(arm, both, self.budget - (lineage(parents).flops if parents else 0), tuple(parents))
+        left = self.budget - (lineage(parents).flops if parents else 0)
+        if how == "fast.offline": return self._offline(arm, main, self._stages(arm, both, left), weights, parents[:-1])
+        return self._train(arm, both, self._stages(arm, both, left, both.idle), tuple(parents))
+
+    def _offline(self, arm: str, main: PreTrainedModel, stages: list[Stage], weights: dict[str, float], parents: list[Card]) -> Trained:
+        "As many steps as beside a sleeping auxiliary, which runs beforehand: the same FLOPs, once."
+        t, sequences = self.text, min(64, len(self.text.valid))
+        kept = propose(self.helper().path, t.tokenizer, t.train, t.valid, stages, self.store, batch=self.p.batch, seed=self.seed,
+                       sequences=sequences)
+        return self._train(arm, Offline(main, kept, weights, tokenizer=t.tokenizer, seed=self.seed), stages, (*parents, kept.card))
 
 # %% ../../nbs/recipes/30_metro.ipynb #91a6b7e5
 def reopened(models: Models, arm: str) -> Pair:
