@@ -29,12 +29,13 @@ from seqwarm.core.corpus import Corpus, documents, parse
 from seqwarm.core.feed import Feed
 from seqwarm.core.layout import layout
 from seqwarm.core.ledger import flops
+from seqwarm.core.masked import Masked
 from seqwarm.core.objectives import _asked
 from seqwarm.core.record import environment
 from seqwarm.core.stages import Stage, asleep, chains, optimizer
 from seqwarm.core.train import _Loop
 from seqwarm.core.vocab import train_tokenizer
-from seqwarm.methods.metro import _logits, _text, pair
+from seqwarm.methods.metro import pair
 from seqwarm.methods.offline import Kept, Offline, propose
 
 SIZES = ["4x128x4000x12x64", "12x256x8000x8x128"]
@@ -42,19 +43,6 @@ KINDS = {"bert": (BertForMaskedLM, BertConfig), "mpnet": (MPNetForMaskedLM, MPNe
 ARMS = ("whole", "mlm", "joint", "frozen", "offline")
 ROUND = 4   # steps after which the same samples come round
 WORLD = "world:a?words=200000"
-
-class Gathered(torch.nn.Module):
-    "MLM with its head at the masked positions alone, on METRO's own inputs."
-    weights = dict(mlm=1.0)
-    def __init__(self, main):
-        super().__init__()
-        self.main, self.config, self.tally = main, main.config, None
-    def forward(self, **inputs):
-        x = _text(0, **inputs)
-        states = self.main.base_model(input_ids=x.shown, attention_mask=x.mask, position_ids=inputs.get("position_ids")).last_hidden_state
-        logits = _logits(self.main, states.flatten(0, 1)[x.at])
-        return torch.nn.functional.cross_entropy(logits, x.ids.flatten()[x.at], reduction="sum")[None]
-    def counts(self, inputs): return (inputs["labels"] != -100).sum()[None]
 
 def mlm(kind: str, sizes: tuple[int, ...], tokenizer, layers: int | None = None, seed: int = 0):
     "A masked LM, fresh."
@@ -66,23 +54,24 @@ def mlm(kind: str, sizes: tuple[int, ...], tokenizer, layers: int | None = None,
                         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=tokenizer.pad_token_id))
 
 def stage(arm: str, frozen: tuple[str, ...] = ()) -> Stage:
-    return Stage(10_000, objective="mlm" if arm == "whole" else "metro", frozen=frozen, repeat=ROUND)
+    return Stage(10_000, objective="mlm" if arm in ("whole", "mlm") else "metro", frozen=frozen, repeat=ROUND)
 
 def made(name: str, kind: str, sizes: tuple[int, ...], tokenizer, table: str):
-    "The module of an arm, that of its parameters which the layout names, this layout, and what sleeps."
+    "The module of an arm, its layout, and what sleeps."
     main = mlm(kind, sizes, tokenizer)
-    if name in ("whole", "mlm"): return main if name == "whole" else Gathered(main), main, layout(main.config, type(main).__name__), ()
-    if name == "offline": module = Offline(main, Kept(table))
+    if name == "whole": return main, layout(main.config, type(main).__name__), ()
+    if name == "mlm": module = Masked(main)
+    elif name == "offline": module = Offline(main, Kept(table))
     else: module = pair(main, auxiliary=None if name == "joint" else mlm(kind, sizes, tokenizer, max(1, round(sizes[0] / 3)), 1))
-    return module, module, module.layout, module.idle
+    return module, module.layout, getattr(module, "idle", ())
 
 def arm(name: str, kind: str, sizes: tuple[int, ...], given: tuple, acc: Accelerator, table: str, stack: ExitStack, clock):
     "A function of the step that trains for one and returns its seconds; and the FLOPs of a sequence."
     tokenizer, corpus = given
-    model, whole, lay, idle = made(name, kind, sizes, tokenizer, table)
+    model, lay, idle = made(name, kind, sizes, tokenizer, table)
     model.to(acc.device)
     [chain] = chains([stage(name, idle)])
-    adamw = optimizer(whole, lay, chain)
+    adamw = optimizer(model, lay, chain)
     stack.enter_context(asleep(model))
     feed = Feed(chain.stages[0], 0, corpus, tokenizer, model.config, acc, sizes[3], 1, 0)
     loop = SimpleNamespace(acc=acc, seed=0, model=model, guard=None)
