@@ -15,7 +15,7 @@ def main(folders: list[str]) -> None:
         name = f"{record['recipe']}-{record['name']}"
         kept = {k: v for k, v in record.items() if k not in ("page", "name")}
         (RESULTS/f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
-        for figure in (folder/"figures"/f"{by}.svg" for by in ("tokens", "flops")):   # of the loss, by what the recipe draws it
+        for figure in (folder/"figures"/f"{by}.svg" for by in ("tokens", "flops", "detection")):   # by what the recipe draws
             if figure.exists(): shutil.copy(figure, RESULTS/f"{name}.svg")
     for recipe in {p.stem.split("-")[0] for p in RESULTS.glob("*-*.json")}:
         tables = {p.stem.removeprefix(f"{recipe}-"): json.loads(p.read_text())["table"] for p in sorted(RESULTS.glob(f"{recipe}-*.json"))}
