@@ -12,7 +12,7 @@ def main(folders: list[str]) -> None:
     RESULTS.mkdir(exist_ok=True)
     for folder in map(Path, folders):
         record = json.loads((folder/"record.json").read_text())
-        name = f"{record['recipe']}-{record['name']}"
+        name = f"{record['recipe']}-{record['name'].removeprefix(record['recipe'] + '-')}"
         kept = {k: v for k, v in record.items() if k not in ("page", "name")}
         (RESULTS/f"{name}.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
         for figure in (folder/"figures"/f"{by}.svg" for by in ("tokens", "flops", "detection")):   # by what the recipe draws
