@@ -94,4 +94,4 @@ def test_a_lead_counts_in_pooled_deviations():
 def test_runs_are_set_beside_by_their_lead():
     record = lambda more, **p: dict(parameters=dict(name=str(p), steps=10, seeds=[0]) | p, table=table(mlm=[50.0, 51.0], metro=[50.0 + more, 51.0 + more]).to_dict("records"))
     got = compared([record(-2.0, steps=20), record(3.0)])
-    assert got.groupby("setting", sort=False).value.first().to_dict() == {"steps 20": -2.0, "steps 10": 3.0} and set(got.arm) == {"metro"} and len(got) == 4
+    assert got.groupby("setting", sort=False).value.first().to_dict() == {"steps 20": -2.0, "this run": 3.0} and set(got.arm) == {"metro"} and len(got) == 4

@@ -111,7 +111,7 @@ def scores(table: pd.DataFrame,      # columns arm, seed, and one a measure
     return fig.update_layout(template="seqwarm", title=title, xaxis_title=unit, scattermode="group",
                              height=180 + 26*len(measures)*len(arms), yaxis=dict(autorange="reversed", showgrid=True))
 
-# %% ../../nbs/core/95_figures.ipynb #f53a93e6
+# %% ../../nbs/core/95_figures.ipynb #867adf13
 def by_setting(table: pd.DataFrame,              # columns setting, value, and the one named by `by`
                by: str,                          # column that gives the colour
                filled: pd.Series | None = None,  # whether a dot is; by default all are
@@ -126,7 +126,7 @@ def by_setting(table: pd.DataFrame,              # columns setting, value, and t
         fig.add_scatter(x=rows.setting, y=rows.value, mode="markers", marker=dict(color=colour, size=9, symbol=symbols), **same)
         fig.add_scatter(x=mean.index, y=mean, mode="lines", line=dict(color=colour, width=1), showlegend=False, **same)
     fig.add_hline(y=0, line=dict(color="#999", width=1))
-    order = dict(type="category", categoryorder="array", categoryarray=list(dict.fromkeys(table.setting)))
+    order = dict(type="category", automargin=True, categoryorder="array", categoryarray=list(dict.fromkeys(table.setting)))
     return fig.update_layout(template="seqwarm", title=title, yaxis_title=unit, xaxis=order)
 
 # %% ../../nbs/core/95_figures.ipynb #8f31a449

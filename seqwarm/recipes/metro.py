@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'reopened', 'proposals', 'measure', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/30_metro.ipynb #9d2bb7d8
+# %% ../../nbs/recipes/30_metro.ipynb #a12fa717
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -24,6 +24,7 @@ from ..core.masked import Masked
 from ..core.noise import Draws
 from ..core.objectives import _asked, objective
 from ..core.probes import Probe
+from ..core.record import settings
 from ..core.stages import Stage
 from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
@@ -196,15 +197,12 @@ def _points(table: pd.DataFrame) -> pd.Series:
     "The mean of the probes, a value a row."
     return table[[c for c in table if "/" in c]].mean(axis=1)
 
-# %% ../../nbs/recipes/30_metro.ipynb #5456cacf
-_ASIDE = ("name", "runs", "beside", "scale", "seeds", "arms", "tasks", "valid", "threads")   # what does not make a setting
-
+# %% ../../nbs/recipes/30_metro.ipynb #32e98859
 def compared(records: Iterable[dict[str, Any]]) -> pd.DataFrame:    # columns setting, arm, seed, value (points of lead over mlm)
     "Each arm's lead over the masked LM, in several runs."
     records, rows = list(records), []
-    keys = [k for k in records[0]["parameters"] if k not in _ASIDE and len({str(r["parameters"].get(k)) for r in records}) > 1]
-    for r in records:
-        setting, t = ", ".join(f"{k} {r['parameters'].get(k)}" for k in keys) or "this run", pd.DataFrame(r["table"])
+    for setting, r in zip(settings([r["parameters"] for r in records]), records):
+        t = pd.DataFrame(r["table"])
         mlm = t[t.arm == "mlm"].set_index("seed").points
         rows += [dict(setting=setting, arm=x.arm, seed=x.seed, value=x.points - mlm[x.seed])
                  for x in t[t.arm != "mlm"].itertuples() if x.seed in mlm]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #03015388
+# %% ../../nbs/recipes/20_sequential.ipynb #c1b62066
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -28,6 +28,7 @@ from ..core.mix import opened
 from ..core.objectives import objective, shape
 from ..core.plan import Plan
 from ..core.probes import Probe
+from ..core.record import settings
 from ..core.stages import Stage
 from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
@@ -207,14 +208,7 @@ def shortfall(table: pd.DataFrame, arm: str, reference: str = "denoise") -> pd.S
     error = np.sqrt(var[arm]/n[arm] + var[reference]/n[reference])
     return (mean[reference] - mean[arm]) * np.where(np.array(columns) == "loss", -1, 1) / error
 
-# %% ../../nbs/recipes/20_sequential.ipynb #811b01b7
-_ASIDE = ("name", "runs", "beside", "scale", "seeds", "arms", "tasks", "valid", "threads")   # what does not make a setting
-
-def _settings(parameters: list[dict[str, Any]]) -> list[str]:
-    "What each of several runs differs in from the others."
-    keys = [k for k in parameters[0] if k not in _ASIDE and len({str(p.get(k)) for p in parameters}) > 1]
-    return [", ".join(f"{k} {p.get(k)}" for k in keys) or "this run" for p in parameters]
-
+# %% ../../nbs/recipes/20_sequential.ipynb #05a22f92
 def _lost(encoders: pd.DataFrame,    # rows by arm, a column a probe
           labelling: Sequence[str],   # the tasks that label sequences
           ) -> pd.DataFrame:          # columns all, labelling
@@ -239,7 +233,7 @@ def compared(records: list[dict[str, Any]]   # of runs: parameters, table, pairs
              ) -> pd.DataFrame:              # columns setting, arm, seed, claim, measure, value
     "What each claim is about, arm by arm, in several runs."
     rows, columns = [], ["setting", "seed", "claim", "arm", "measure", "value"]
-    for setting, r in zip(_settings([r["parameters"] for r in records]), records):
+    for setting, r in zip(settings([r["parameters"] for r in records]), records):
         for seed, t in pd.DataFrame(r["table"]).groupby("seed"):
             saved = {x["arm"]: x["units_saved"] for x in r["pairs"] if x["seed"] == seed}
             rows += [(setting, seed, *row) for row in _of_seed(t.set_index("arm"), saved, r["labelling"])]
