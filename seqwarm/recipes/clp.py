@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'existing', 'warm', 'compare', 'results', 'means', 'claims_of']
 
-# %% ../../nbs/recipes/10_clp.ipynb #fe62985d
+# %% ../../nbs/recipes/10_clp.ipynb #d504ae94
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,7 +17,7 @@ from accelerate import PartialState
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
-from ..core.errors import Refusal, number, unknown
+from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import fingerprint
 from ..core.layout import Layout
 from ..core.ledger import Cost, crossing, saved
@@ -29,7 +29,7 @@ from ..core.write import write
 from ..methods.clp import clp, fit
 from ..methods.embed import METHODS
 
-# %% ../../nbs/recipes/10_clp.ipynb #8d97728c
+# %% ../../nbs/recipes/10_clp.ipynb #6a0d50fd
 _ALL = ["random", "mean", "overlap", "fvt", "clp", "guarded", "clp+", "softmax", "procrustes", "lstsq"]
 _SIZES = {  # width and layers are those of source and target
     "smoke": dict(words=30_000, vocab=600, length=32, batch=8, width=32, layers=2, helper_width=16, helper_layers=1, sequences=16,
@@ -51,10 +51,7 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
 
 def _check(p: SimpleNamespace) -> None:
     "Refuse, before anything is read or trained, the sizes that no model can have."
-    for key in ("seeds", "arms", "horizons", "rates"):
-        values = getattr(p, key)
-        if not values: raise Refusal(f"parameter {key} is an empty list", "give at least one, or leave it out")
-        if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
+    for key in ("seeds", "arms", "horizons", "rates"): named_once(f"parameter {key}", getattr(p, key))
     for arm in p.arms:
         if arm not in METHODS: raise unknown("method", arm, METHODS)
     if "wechsel" in p.arms:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'reopened', 'proposals', 'measure', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/30_metro.ipynb #a12fa717
+# %% ../../nbs/recipes/30_metro.ipynb #d0dad085
 from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForMaskedLM, BertForMaskedLM, MPNetForMaskedLM, PreTrainedModel, RobertaPreLayerNormForMaskedLM
 from ..core.checkpoint import Card
-from ..core.errors import Refusal, number, unknown
+from ..core.errors import Refusal, named_once, number, unknown
 from ..core.fresh import apart_first, fresh_encoder
 from ..core.ledger import Cost, flops, lineage
 from ..core.masked import Masked
@@ -33,7 +33,7 @@ from ..methods.metro import Pair, _pass, pair
 from ..methods.offline import Offline, propose
 from ..methods.signals import Contrast, Copying
 
-# %% ../../nbs/recipes/30_metro.ipynb #6e6625d7
+# %% ../../nbs/recipes/30_metro.ipynb #881d3e6d
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, steps=24, rate=4e-3, metro_rate=1e-3, probe_steps=12,
                   examples=64, arms=["mlm", "metro"], tasks=["pos", "topic"]),
@@ -61,10 +61,7 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
 
 def _check(p: SimpleNamespace) -> None:
     "Refuse, before anything is read or trained, what cannot be."
-    for key in ("seeds", "arms", "tasks"):
-        values = getattr(p, key)
-        if not values: raise Refusal(f"parameter {key} is an empty list", "give at least one, or leave it out")
-        if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
+    for key in ("seeds", "arms", "tasks"): named_once(f"parameter {key}", getattr(p, key))
     for arm in p.arms:
         if arm not in _ARMS: raise unknown("arm", arm, _ARMS)
     for key in ("steps", "words", "batch", "width", "layers", "heads", "probe_steps", "examples", "auxiliary"):

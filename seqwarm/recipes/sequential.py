@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['sized', 'Models', 'measure', 'pairs', 'shortfall', 'compared', 'claims_of']
 
-# %% ../../nbs/recipes/20_sequential.ipynb #c1b62066
+# %% ../../nbs/recipes/20_sequential.ipynb #19d54273
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import AutoModelForMaskedLM, BartConfig, BartForConditionalGeneration, BertConfig
 from transformers import BertForMaskedLM, MBartForConditionalGeneration, PreTrainedModel, RobertaPreLayerNormForMaskedLM
 from ..core.checkpoint import Card, Checkpoint
-from ..core.errors import Refusal, number, unknown
+from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import fingerprint
 from ..core.fresh import apart_first, fresh, fresh_encoder
 from ..core.layout import layout
@@ -36,7 +36,7 @@ from ..core.train import Trained, train
 from ..methods.graft import carry_out, extract, graft
 from ..methods.unfreeze import always, frozen_then, gradual
 
-# %% ../../nbs/recipes/20_sequential.ipynb #3ddc2d58
+# %% ../../nbs/recipes/20_sequential.ipynb #a8cf72b9
 _SIZES = {
     "smoke": dict(words=30_000, vocab=500, length=32, batch=8, width=32, layers=2, mlm_steps=24, seq_steps=24, mlm_rate=4e-3, rate=4e-3,
                   probe_steps=12, examples=64, arms=["mlm", "denoise", "denoise.encoder", "wake@0.57"], tasks=["pos", "translation"]),
@@ -72,10 +72,7 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
 
 def _check(p: SimpleNamespace) -> None:
     "Refuse, before anything is read or trained, what cannot be."
-    for key in ("seeds", "arms", "tasks"):
-        values = getattr(p, key)
-        if not values: raise Refusal(f"parameter {key} is an empty list", "give at least one, or leave it out")
-        if len(set(values)) < len(values): raise Refusal(f"parameter {key} names something twice", "name each once")
+    for key in ("seeds", "arms", "tasks"): named_once(f"parameter {key}", getattr(p, key))
     for arm in p.arms:
         if arm not in (*_ENCODERS, *_SCRATCH) and _woken(arm) is None:
             raise unknown("arm", arm, [*_ENCODERS, *_SCRATCH, "frozen", "open", "wake@0.57", "gradual@0.3", "copy@0.57", "fuse@0.57"])
