@@ -12,7 +12,8 @@ from ..core.layout import Family
 def _read(c: dict, skip: int = 2) -> dict:
     "Sizes from a BART config; those that differ between the stacks carry its name. `skip`: rows before the first position."
     D = c["d_model"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, position=c["max_position_embeddings"] + skip) | {
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, position=c["max_position_embeddings"] + skip,
+                times_root=bool(c["scale_embedding"])) | {
         f"{s}.{k}": v for s in ("encoder", "decoder")
         for k, v in dict(layers=c[f"{s}_layers"], ffn=c[f"{s}_ffn_dim"], head=D // c[f"{s}_attention_heads"]).items()}
 

@@ -12,7 +12,7 @@ from ..core.layout import Family
 def _read(c: dict) -> dict:
     "Sizes from a BLOOM config."
     D = c["hidden_size"]
-    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["n_head"], ffn=4*D, layers=c["n_layer"])
+    return dict(vocab=c["vocab_size"], hidden=D, heads=D, head=D // c["n_head"], ffn=4*D, layers=c["n_layer"], slopes=True)
 
 # %% ../../nbs/families/70_bloom.ipynb #ed9388dc
 FAMILY = Family("bloom", {"bloom": "Bloom"}, prefix="transformer", norm="pre", packs=False, read=_read,

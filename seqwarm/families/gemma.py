@@ -16,7 +16,7 @@ def _read(c: dict) -> dict:
     bias = bool(c.get("attention_bias"))
     return dict(vocab=c["vocab_size"], hidden=c["hidden_size"], heads=H*head, kv_heads=c["num_key_value_heads"]*head, head=head,
                 ffn=c["intermediate_size"], layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias,
-                qk_norm=c["model_type"] == "gemma3_text")
+                qk_norm=c["model_type"] == "gemma3_text", rms=True, less_one=True, times_root=True)
 
 # %% ../../nbs/families/22_gemma.ipynb #2af641e0
 FAMILY = Family("gemma", {"gemma2": "Gemma2", "gemma3_text": "Gemma3 Gemma3Text"}, prefix="model", norm="both", read=_read,

@@ -16,7 +16,7 @@ def _read(c: dict) -> dict:
     own = bool(c.get("attention_bias")) and kind in ("llama", "qwen3")
     return dict(vocab=c["vocab_size"], hidden=D, heads=H*head, kv_heads=kv*head, head=head, ffn=c["intermediate_size"],
                 layers=c["num_hidden_layers"], qkv_bias=own or kind == "qwen2", o_bias=own, qk_norm=kind == "qwen3",
-                mlp_bias=bool(c.get("mlp_bias")) and kind == "llama")
+                mlp_bias=bool(c.get("mlp_bias")) and kind == "llama", rms=True)
 
 # %% ../../nbs/families/20_llama.ipynb #d644e207
 _ATTN = """

@@ -16,7 +16,7 @@ def _read(c: dict) -> dict:
     head, kv = c.get("head_dim") or D // H, c.get("num_key_value_heads") or H
     bias = bool(c.get("attention_bias"))
     return dict(vocab=c["vocab_size"], hidden=D, heads=H*head, kv_heads=kv*head, head=head, ffn=c["intermediate_size"],
-                layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias)
+                layers=c["num_hidden_layers"], qkv_bias=bias, o_bias=bias, rms=True)
 
 # %% ../../nbs/families/24_olmo2.ipynb #f30dadaf
 FAMILY = Family("olmo2", {"olmo2": "Olmo2"}, prefix="model", norm="out", read=_read, parts={"ForCausalLM": "head", "Model": ""},

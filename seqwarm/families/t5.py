@@ -13,7 +13,8 @@ def _read(c: dict) -> dict:
     "Sizes and conditions from a T5 config."
     H, head, L = c["num_heads"], c["d_kv"], c["num_layers"]
     return dict(vocab=c["vocab_size"], hidden=c["d_model"], heads=H*head, head=head, n_heads=H, ffn=c["d_ff"],
-                buckets=c["relative_attention_num_buckets"], gated=c["feed_forward_proj"].startswith("gated")
+                buckets=c["relative_attention_num_buckets"], gated=c["feed_forward_proj"].startswith("gated"),
+                rms=True, over_root=bool(c.get("scale_decoder_outputs"))
                 ) | {"encoder.layers": L, "decoder.layers": c.get("num_decoder_layers") or L}
 
 def _attn(block: str, role: str) -> str:
