@@ -8,6 +8,7 @@ from seqwarm.core.plan import OPS, Plan, operation
 from seqwarm.core.stages import Stage, chains, optimizer
 from seqwarm.core.write import build, save, write
 from seqwarm.methods.depth import copied, deepened, depth
+from seqwarm.methods.width import width
 
 hf.logging.set_verbosity_error(); hf.logging.disable_progress_bar(); torch.set_num_threads(1)
 pytestmark = pytest.mark.usefixtures("quick")
@@ -105,7 +106,7 @@ def test_the_new_layers_learn_from_the_first_step(kind, tmp_path):
     old, plan, new = grown(kind, tmp_path, method="identity")
     big, lay = load(new), new.layout
     named, silent = dict(big.named_parameters()), [r.target for r in plan.rows if r.op in ("zeros", "fill")]
-    assert {(lay.tensors[n].stack, lay.tensors[n].layer) for n in silent} == {(s, i) for s, found in plan.notes["new"].items() for i in found}
+    assert {(lay.tensors[n].stack, lay.tensors[n].layer) for n in silent} == {(s, i) for s, found in plan.notes["new_layers"].items() for i in found}
     feed, want = batch(big), logits(big)
     big(**feed).logits.logsumexp(-1).sum().backward()
     for n in silent: assert named[n].grad.abs().max() > 1e-6, n
@@ -152,7 +153,7 @@ def test_two_stacks_grow_apart(kind, tmp_path):
     a, b = (model.generate(**feed, max_new_tokens=6, min_new_tokens=6, do_sample=False, use_cache=c) for c in (True, False))
     assert torch.equal(a, b)
     alone = depth(old, {"decoder": 3})
-    assert alone.notes["layers"] == {"encoder": [0, 1, 2], "decoder": [0, 1, 1]} and alone.notes["new"] == {"encoder": [], "decoder": [2]}
+    assert alone.notes["layers"] == {"encoder": [0, 1, 2], "decoder": [0, 1, 1]} and alone.notes["new_layers"] == {"encoder": [], "decoder": [2]}
 
 @pytest.mark.parametrize("kind", ALL)
 def test_an_order_of_all_layers_is_a_copy(kind, tmp_path):
@@ -186,6 +187,23 @@ def test_rows_of_any_plan_are_deepened_and_what_is_drawn_stays_drawn(tmp_path):
     short = deepened(plan, order=[0, 2])
     assert not short.arrays and f"source:{up}" in short.dropped and short.check({"source": old})
     OPS.pop("noise.test")
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "qwen3", "gemma2", "olmo2", "bloom", "t5", "mbart"])
+def test_wider_and_deeper_keeps_the_function(kind, tmp_path):
+    old = source(kind, tmp_path/"old")
+    plan = deepened(width(old, hidden=32), method="identity")
+    new = write(plan, {"source": old}, tmp_path/"new")
+    was, now = logits(load(old)), logits(load(new))
+    assert plan.notes["exact"] and new.layout.size("hidden") == 32 and min(new.layout.layers.values()) > min(old.layout.layers.values())
+    assert (was - now).abs().max() < max(scale(kind), 1e-6)*was.abs().max()
+
+@pytest.mark.parametrize("kind", ["gpt2", "olmo2", "bert", "electra", "bart", "opt, post", "mbart"])
+def test_wider_and_deeper_is_deeper_and_wider(kind, tmp_path):
+    old = source(kind, tmp_path/"old")
+    for order in ([0, 1, 0, 1, 1], [1, 1, 0]):
+        a, b = depth(old, order=order), deepened(width(old, hidden=32), order=order)
+        x, y = (logits(load(write(p, {"source": old}, tmp_path/f"{len(order)}{len(p.arrays)}"))) for p in (a, b))
+        assert b.arrays and not a.arrays and (x - y).abs().max() < max(scale(kind), 1e-6)*x.abs().max()
 
 @pytest.mark.parametrize("layers", [{"encoder": 5}, {"encoder": 3, "decoder": 4}])
 def test_a_mix_of_states_follows_its_layers(tmp_path, layers):

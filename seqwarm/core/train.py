@@ -20,6 +20,7 @@ from accelerate.tracking import LoggerType, get_available_trackers
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
+from .adam import MOMENTS, Moments, remembered
 from .checkpoint import Card
 from .corpus import Corpus
 from .errors import Refusal, number, unknown
@@ -83,7 +84,7 @@ class _Loop:
     model: torch.nn.Module; tokenizer: PreTrainedTokenizerFast; corpus: Corpus; valid: Corpus
     acc: Accelerator; lay: Layout; state: _State; bar: tqdm; book: dict
     batch: int; accumulate: int; seed: int; every: int; save_every: int; sequences: int; compile: bool; keep_bytes: float
-    guard: Guard | None = None
+    guard: Guard | None = None; moments: Moments | None = None; keep_moments: bool = False
 
     def update(self, model, optimizer, feed: Feed, step: int, rates: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         "One step, at the rates of what woke in each stage; the mean loss (nats) and the gradient's norm, on the device."
@@ -156,6 +157,7 @@ def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
     with asleep(loop.model):
         model, adamw = acc.prepare(torch.compile(loop.model) if loop.compile else loop.model, adamw)
         if before: hand_over(before, adamw)
+        elif loop.moments and begin == 0: loop.moments.into(adamw, loop.model, loop.lay)
         if begin < book["step"] and (newest := loop.state.newest()): acc.load_state(str(newest))
         if book["step"] == 0: loop.measure(objective(stage.objective), None, 0.0)
         if stage.keep and book["step"] < begin + stage.steps:
@@ -241,7 +243,8 @@ def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[di
             begin += stage.steps
     if loop.acc.is_main_process:
         write_whole(loop.state.folder/"history.json", loop.book["rows"])
-        save(loop.model, loop.tokenizer, done, card(loop.book["cost"]))
+        extra = {MOMENTS: remembered(loop.model, loop.lay, before)} if loop.keep_moments else None
+        save(loop.model, loop.tokenizer, done, card(loop.book["cost"]), extra)
         loop.state.sweep("state-*")
     loop.acc.wait_for_everyone()
 
@@ -263,6 +266,8 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
           compile: bool = False,                  # torch.compile
           track: str | None = None,               # 'tensorboard' or another of accelerate's trackers
           guard: float | None = None,             # times the usual gradient norm, above which an update is skipped, see core.guard
+          moments: str | Path | None = None,      # folder of a checkpoint whose moments the first stage begins with, see core.adam
+          keep_moments: bool = False,             # beside the checkpoint: what the last stage's optimizer remembers
           ) -> Trained:
     "Train a model through its stages, or find it trained."
     acc, steps, joint = _accelerator(track), sum(s.steps for s in stages), several(model)
@@ -270,13 +275,16 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
     every = max(1, round(steps / 50)) if every is None else every
     if lay.find("cross.mix") and lay.one("cross.mix").name not in dict(model.named_parameters()):
         raise Refusal("the config says layer_mix, and the model has no mix", "open the checkpoint by core.mix.opened")
+    begin = None if moments is None else Moments(moments)
+    if begin: begin.check(lay)
     _check(lay, tokenizer, (corpus, valid), stages, acc.num_processes, seed, keep_bytes, batch=batch, accumulate=accumulate,
            every=every, save_every=save_every, sequences=sequences)
     key = fingerprint([weights_fingerprint(model), model.told if joint else model.config.to_dict(), tokenizer_fingerprint(tokenizer),
                        corpus.fingerprint, valid.fingerprint, [s.told for s in stages], [c.id for c in parents], recipe,
                        batch, accumulate, seed, every, sequences, compile,
                        acc.device.type, torch.__version__, transformers.__version__, __version__,
-                       *([] if guard is None else [Guard(guard).factor])])
+                       *([] if guard is None else [Guard(guard).factor]),
+                       *(["moments", begin.fingerprint] if begin else []), *(["keep_moments"] if keep_moments else [])])
     folder = Path(store)/key; done = folder/"model"
     if not done.exists():
         with _held(folder, acc):
@@ -289,6 +297,6 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
                 acc.init_trackers(name, config={"seed": seed, "batch": batch})
             with tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process, mininterval=0.5) as bar:
                 loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book,
-                             batch, accumulate, seed, every, save_every, sequences, compile, keep_bytes, watch)
+                             batch, accumulate, seed, every, save_every, sequences, compile, keep_bytes, watch, begin, keep_moments)
                 _run_stages(loop, stages, done, lambda cost: Card.child(name, recipe, list(parents), cost))
     return Trained(done, pd.DataFrame(json.loads((folder/"history.json").read_text())))

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 import torch
 import xxhash
+from safetensors.torch import save_file
 from tqdm import tqdm
 from .checkpoint import DTYPES, Card, Checkpoint, _quiet, finite
 from .errors import Refusal
@@ -219,6 +220,7 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
          tokenizer: Any,                     # or None
          out: str | Path,                    # the new folder
          card: Card,                         # sealed here
+         extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,   # further files of tensors
          ) -> Checkpoint:                    # what was written
     "Write a trained model with tokenizer and card, and in folders inside what was trained with it; the folder is whole, or not there."
     with whole_folder(out) as tmp:
@@ -229,4 +231,5 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
             card = Card.child(name, card.recipe, [card]) if name else card   # what all took together is the first one's cost
             card = card.sealed(fingerprint([file_fingerprint(f) for f in sorted(folder.glob("model*.safetensors"))]))
             card.write(folder)
+        for name, tensors in (extra or {}).items(): save_file(tensors, tmp/name)
     return Checkpoint(out)

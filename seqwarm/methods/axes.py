@@ -154,7 +154,7 @@ def _widen(x: torch.Tensor, above: torch.Tensor | None = None, *, shape: tuple[i
             f = f if by1 is None else f*by1[c0:c1].to(work).view(-1, *ones(out.ndim - 2))
             if ZERO in kinds: to.zero_()
             elif DRAWN in kinds: to.copy_(_noise(seed, f"{c0}", r0, r1, to[0].numel(), std).view(to.shape))
-            else: _scaled(to, _from(above if 1 in kinds else x, rs, cs, *kinds, work), f, shift, work)
+            else: _scaled(to, _from(above if 1 in kinds else x, rs, cs, *kinds, work).expand(to.shape), f, shift, work)
     return out[:, 0] if flat else out
 
 def _from(x: torch.Tensor, rows: slice | torch.Tensor, cols: slice | torch.Tensor, kind0: int, kind1: int, work: torch.dtype) -> torch.Tensor:

@@ -28,7 +28,7 @@ def _repeats(order: list[int]) -> list[int]:
     "The layers whose source has served for one below."
     return [i for i, x in enumerate(order) if x in order[:i]]
 
-# %% ../../nbs/methods/60_depth.ipynb #0b88feae
+# %% ../../nbs/methods/60_depth.ipynb #54f504cf
 _OUT = ("attn.o", "cross.o", "ffn.down")          # what writes into the state
 _GAIN = ("attn.norm.out", "ffn.norm.out")         # what comes after it, in families that norm there
 
@@ -39,7 +39,7 @@ def _nothing(t: Tensor, lay: Layout) -> Row | None:
     "The row of a tensor that silences a block; None for the others."
     if lay.norms(t.stack) == "pre": return Row(t.name, "zeros") if t.role.removesuffix(".bias") in _OUT else None
     if t.role not in _GAIN: return None
-    return Row(t.name, "fill", args={"value": -1.0}) if lay.family == "gemma" else Row(t.name, "zeros")
+    return Row(t.name, "fill", args={"value": -1.0}) if lay.table.read(lay.config).get("less_one") else Row(t.name, "zeros")
 
 def _silent(lay: Layout, stack: str, order: list[int]) -> None:
     "Refuse an order whose new layers cannot add nothing."
@@ -94,11 +94,17 @@ def _mix(row: Row, name: str, order: list[int]) -> Row:
     above = [1 + max((i for i, x in enumerate(order) if x == k), default=len(order)) for k in range(max(order) + 1)]
     return replace(row, op="states.at", args={"at": [0, *above]})
 
-# %% ../../nbs/methods/60_depth.ipynb #3496fd5f
+# %% ../../nbs/methods/60_depth.ipynb #193ba277
 def _renamed(row: Row, target: str, seed: int) -> Row:
     "A row under another name, drawing what it drew under its own."
     drawn = row.target != target and "seed" in inspect.signature(OPS[row.op]).parameters and "seed" not in row.args
     return replace(row, target=target, args=row.args | ({"seed": _seed(seed, row.target)} if drawn else {}))
+
+def _placed(row: Row, last: Row, at_end: bool, was_end: bool) -> Row:
+    "The row of a norm that ends a layer behind the sum, with the factors that belong to the end of a stack, or without."
+    if at_end and not was_end: return replace(last, sources=row.sources)
+    if at_end or not was_end: return row
+    return replace(row, args={k: x for k, x in row.args.items() if k != "by"}, arrays={k: x for k, x in row.arrays.items() if k != "by0"})
 
 def _deep_rows(plan: Plan, deep: Layout, orders: dict[str, list[int]], empty: dict[str, list[int]]) -> Iterator[Row]:
     "The rows of the deep model, in the order of its tensors."
@@ -111,10 +117,12 @@ def _deep_rows(plan: Plan, deep: Layout, orders: dict[str, list[int]], empty: di
         elif t.layer in empty.get(t.stack, ()) and (row := _nothing(t, deep)): yield row
         else:
             at = 0 if t.role == "attn.relative" else orders[t.stack][t.layer]
-            row = of.get((t.stack, at, t.role))
+            row, top = of.get((t.stack, at, t.role)), plan.layout.layers[t.stack] - 1
+            if t.role.startswith("ffn.norm") and deep.norms(t.stack) == "post":
+                row = _placed(row, of[t.stack, top, t.role], t.layer == len(orders[t.stack]) - 1, at == top)
             yield _renamed(row, t.name, plan.seed) if row else Row(t.name, "zeros" if t.role.endswith("bias") else "ones")
 
-# %% ../../nbs/methods/60_depth.ipynb #e45b41b0
+# %% ../../nbs/methods/60_depth.ipynb #4c288f62
 def _words(lay: Layout, new: dict[str, list[int]]) -> dict[str, list[str]]:
     "The new layers, and all that is not new, in words."
     word = lambda stack, i: f"{stack}/@{i}" if stack else f"@{i}"
@@ -140,7 +148,7 @@ def deepened(plan: Plan,                                                  # for 
     used = {s for r in rows for s in r.sources}
     dropped = {s: "of a layer that is left out" for r in plan.rows for s in r.sources if s not in used}
     same = method == "identity" or all(o == list(range(lay.layers[s])) for s, o in orders.items())
-    notes = dict(depth="order" if order is not None and method != "identity" else method, layers=orders, new=new,
+    notes = dict(depth="order" if order is not None and method != "identity" else method, layers=orders, new_layers=new,
                  exact=same and plan.notes.get("exact", True), **_words(deep, new))
     kept = {k for r in rows for k in r.arrays.values()}
     return replace(plan, config=deep.config, rows=rows, arrays={k: x for k, x in plan.arrays.items() if k in kept},

@@ -148,7 +148,7 @@ def _factor(g: _Growth, t: Tensor, tied: Tensor | None) -> float:
     "What all numbers of a tensor are multiplied by."
     role, c = _bare(t), g.loud
     raw = g.old.norms(t.stack) == "out" if t.layer is not None else False
-    by = g.token if role == "embed.token" else c if role in _STREAM else 1.0
+    by = 1.0 if role not in _STREAM or "hidden" not in t.axes else g.token if role == "embed.token" else c
     if "hidden" in t.axes and _is_norm(t) and t.role == role and not role.endswith(".out"): by /= c
     if raw and role in ("attn.q", "attn.k", "attn.v", "ffn.up", "ffn.gate") and t.role == role: by /= c
     if tied and role == _bare(tied) and (t.stack, t.layer) == (tied.stack, tied.layer): by /= g.token
