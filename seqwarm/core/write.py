@@ -65,9 +65,9 @@ class _Checked:
 
 _BLOCK = 1 << 21   # numbers
 
-def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int = _BLOCK) -> Iterator[torch.Tensor]:
+def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int | None = None) -> Iterator[torch.Tensor]:
     "The tensor of a row, finite, in parts where its operation allows it."
-    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers):
+    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers or _BLOCK):
         if not finite(x):
             raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
         yield x
