@@ -88,9 +88,9 @@ def child(source: str, helper: str, out: str) -> None:
     write(plan, sources, out, load_tokenizer(helper))
     print(json.dumps({"plan_s": planned - begun, "write_s": time.perf_counter() - planned}))
 
-def ours(source: Path, helper: Path, out: Path) -> dict[str, float]:
+def watched(*command: str | Path) -> dict[str, float]:
     "Seconds, and the peak of anonymous memory in GB, of a process that writes."
-    process, peak = psutil.Popen([sys.executable, __file__, "child", source, helper, out], stdout=subprocess.PIPE, text=True), 0
+    process, peak = psutil.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True), 0
     while process.poll() is None:
         try: status = Path(f"/proc/{process.pid}/status").read_text()
         except OSError: break
@@ -118,7 +118,7 @@ def writing(o: argparse.Namespace) -> None:
             for side in ("cp", "seqwarm") if i % 2 else ("seqwarm", "cp"):
                 subprocess.run(["sync"], check=True)
                 row[f"cached_{side}"] = cached(files)
-                row |= copied(files, out) if side == "cp" else ours(source, helper, out)
+                row |= copied(files, out) if side == "cp" else watched(__file__, "child", source, helper, out)
                 if side == "seqwarm": row["GB_written"] = sum(f.stat().st_size for f in out.glob("*.safetensors"))/1e9
                 shutil.rmtree(out)
             row |= dict(ratio=row["write_s"]/row["cp_s"], ratio_with_plan=(row["plan_s"] + row["write_s"])/row["cp_s"],

@@ -120,14 +120,15 @@ FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, s
     "mbart": ("MBartForConditionalGeneration", _bart, "mbart", "xlm-roberta")}
 ROLES = "bos", "eos", "pad", "cls", "sep", "unk", "mask"
 
-def model(kind: str, width: int, german: bool, tied: bool = True, seed: int = 0):
-    "A model with random numbers everywhere, so that none can be taken for another."
-    architecture, sizes, tok, _ = FAMILIES[kind]
+def model(kind: str, width: int, german: bool, tied: bool = True, seed: int = 0, architecture: str | None = None, **more):
+    "A model with random numbers everywhere, so that none can be taken for another; `more` stands in its config."
+    usual, sizes, tok, _ = FAMILIES[kind]
+    architecture = architecture or usual
     tok, cls = tokenizer(tok, german), getattr(hf, architecture)
     known = cls.config_class().to_dict()
     ids = {f"{r}_token_id": getattr(tok, f"{r}_token_id") for r in ROLES if f"{r}_token_id" in known}
     if SEQ2SEQ in architecture: ids |= _decoder(kind, tok)
-    config = cls.config_class(vocab_size=len(tok), tie_word_embeddings=tied, **sizes(width), **ids)
+    config = cls.config_class(**dict(vocab_size=len(tok), tie_word_embeddings=tied) | sizes(width) | ids | more)
     m, made = cls(config).eval(), torch.Generator().manual_seed(seed)
     for name, x in m.named_parameters():
         x.data = torch.randn(x.shape, generator=made)*0.2 + (1.0 if x.ndim == 1 and name.endswith("weight") else 0.0)
@@ -135,7 +136,7 @@ def model(kind: str, width: int, german: bool, tied: bool = True, seed: int = 0)
         if name == "final_logits_bias": x.copy_(torch.randn(x.shape, generator=made))
     m.tie_weights()
     out = m.get_output_embeddings()
-    if not tied and out.weight is m.get_input_embeddings().weight:   # T5 1.1: the config cannot say so, the file does by holding a head of its own
+    if not tied and out is not None and out.weight is m.get_input_embeddings().weight:   # T5 1.1: the config cannot say so, the file does by holding a head of its own
         out.weight = torch.nn.Parameter(torch.randn(out.weight.shape, generator=made)*0.2)
     return m
 

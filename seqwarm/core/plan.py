@@ -34,7 +34,7 @@ def operation(name: str,             # as rows call it
         return f
     return register
 
-_GIVEN = {"shape", "seed", "name"}  # filled in when the plan is applied
+_GIVEN = {"shape", "seed", "name", "rows"}  # filled in when the plan is applied
 
 @operation("copy")
 def _copy(x: torch.Tensor) -> torch.Tensor: return x
@@ -181,18 +181,35 @@ def _apply(self: Plan,
     "Carry out the rows, one at a time."
     for r in self.rows: yield r.target, _one(self, r, sources)
 
-def _one(self: Plan, r: Row, sources: Mapping[str, Any]) -> torch.Tensor:
-    "The tensor of one row, in the dtype of its first source."
-    f, shape = OPS[r.op], self.layout.tensors[r.target].shape
+def _options(op: str) -> set[str]:
+    "The names of an operation's arguments."
+    return {p.name for p in inspect.signature(OPS[op]).parameters.values() if p.kind is p.KEYWORD_ONLY}
+
+def _ready(self: Plan, r: Row, sources: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
+    "What makes the tensor of one row, or some rows of it, in the dtype of its first source."
+    f, shape, options = OPS[r.op], self.layout.tensors[r.target].shape, _options(r.op)
     tensors = [sources[alias].read(n) for alias, n in (s.split(":", 1) for s in r.sources)]
     given = dict(shape=shape, seed=_seed(self.seed, r.target), name=r.target)
-    options = {p.name for p in inspect.signature(f).parameters.values() if p.kind is p.KEYWORD_ONLY}
     given = {k: v for k, v in given.items() if k in options} | r.args | {k: self.arrays[key] for k, key in r.arrays.items()}
-    with torch.no_grad(): out = f(*tensors, **given)
-    if tuple(out.shape) != shape: raise Refusal(f"{r.op} made {r.target} of the shape {tuple(out.shape)} and not {shape}", "mend the plan")
-    return out.to(tensors[0].dtype if tensors else getattr(torch, self.dtype)).contiguous()
+    def make(rows: slice | None = None) -> torch.Tensor:
+        want = shape if rows is None else (rows.stop - rows.start, *shape[1:])
+        with torch.no_grad(): out = f(*tensors, **given, **({} if rows is None else {"rows": rows}))
+        if tuple(out.shape) != want: raise Refusal(f"{r.op} made {r.target} of the shape {tuple(out.shape)} and not {want}", "mend the plan")
+        return out.to(tensors[0].dtype if tensors else getattr(torch, self.dtype)).contiguous()
+    return make
 
-Plan.apply, Plan.make = _apply, lambda self, target, sources: _one(self, self.row(target), sources)
+def _one(self: Plan, r: Row, sources: Mapping[str, Any]) -> torch.Tensor: return _ready(self, r, sources)()
+
+def _blocks(self: Plan, target: str, sources: Mapping[str, Any],
+            numbers: int,                    # in a block, about
+            ) -> Iterator[torch.Tensor]:     # some rows each, from first to last
+    "The tensor of a row part by part, if its operation can make rows alone; or whole."
+    r, t = self.row(target), self.layout.tensors[target]
+    make, step = _ready(self, r, sources), max(1, numbers*t.shape[0]//max(1, t.size))
+    if "rows" not in _options(r.op) or step >= t.shape[0]: yield make(); return
+    for a in range(0, t.shape[0], step): yield make(slice(a, min(a + step, t.shape[0])))
+
+Plan.apply, Plan.make, Plan.blocks = _apply, lambda self, target, sources: _one(self, self.row(target), sources), _blocks
 
 # %% ../../nbs/core/10_plan.ipynb #0706f27c
 def _save(self: Plan, folder: str | Path) -> None:

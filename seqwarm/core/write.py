@@ -64,32 +64,39 @@ class _Checked:
         if finite(x := self.source.read(name)): return x
         raise Refusal(f"{self.alias}:{name} holds NaN or infinity", "train it again")
 
-def _make(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.Tensor:
-    "The tensor of a row, finite."
-    if finite(x := plan.make(row.target, {a: _Checked(s, a) for a, s in sources.items()})): return x
-    raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
+_BLOCK = 1 << 21   # numbers
+
+def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int = _BLOCK) -> Iterator[torch.Tensor]:
+    "The tensor of a row, finite, in parts where its operation allows it."
+    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers):
+        if not finite(x):
+            raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
+        yield x
 
 class _Ahead:
-    "What rows make, one after another, the next one begun before it is asked for."
+    "What rows make, one after another, the next part begun before it is asked for."
     def __init__(self, plan: Plan, sources: Mapping[str, Any], rows: list[Row]):
-        self.pool, self.jobs = ThreadPoolExecutor(1), iter([(plan, r, sources) for r in rows])
+        self.pool, self.parts = ThreadPoolExecutor(1), chain.from_iterable(_parts(plan, r, sources) for r in rows)
         self._begin()
-    def _begin(self) -> None: self.next = next((self.pool.submit(_make, *job) for job in self.jobs), None)
+    def _begin(self) -> None: self.next = self.pool.submit(next, self.parts, None)
     def look(self) -> None:
         "Raise at once what went wrong."
-        if self.next and self.next.done(): self.next.result()
-    def take(self) -> torch.Tensor:
-        x = self.next.result(); self._begin()
-        return x
+        if self.next.done(): self.next.result()
+    def whole(self, row: Row, size: int, dtype: torch.dtype) -> Iterator[torch.Tensor]:
+        "All parts of the next tensor, which is this row's."
+        left = max(size, 1)      # an empty tensor is a part, too
+        while left > 0:
+            x = self.next.result(); self._begin()
+            if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans, not of the user
+            yield x
+            left -= max(x.numel(), 1)
 
-def _bytes(row: Row, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dtype, rooms: Iterator[torch.Tensor]) -> Iterator[memoryview]:
+def _bytes(row: Row, size: int, sources: Mapping[str, Any], ahead: _Ahead, dtype: torch.dtype,
+           rooms: Iterator[torch.Tensor]) -> Iterator[memoryview]:
     "What a row adds to its file, in pieces."
     ahead.look()
     if _streams(row, sources): alias, name = row.sources[0].split(":", 1); pieces = sources[alias].pieces(name, finite=True, rooms=rooms)
-    else:
-        x = ahead.take()
-        if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans, not of the user
-        pieces = x.reshape(-1).split(1 << 20)
+    else: pieces = chain.from_iterable(x.reshape(-1).split(1 << 20) for x in ahead.whole(row, size, dtype))
     for piece in pieces:
         if len(piece): yield memoryview(piece.view(torch.uint8).numpy())
 
@@ -133,7 +140,7 @@ def _weights(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dty
     ahead = _Ahead(plan, sources, [r for f in files for r, _ in f if not _streams(r, sources)])
     try:
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, mininterval=0.5, disable=not shown) as bar:
-            done = [_store(folder/name, chain([head], *(_bytes(r, sources, ahead, dtypes[r.target], rooms) for r, _ in f)), beside, bar)
+            done = [_store(folder/name, chain([head], *(_bytes(r, plan.layout.tensors[r.target].size, sources, ahead, dtypes[r.target], rooms) for r, _ in f)), beside, bar)
                     for name, head, f in zip(_names(len(files)), heads, files)]
     finally: ahead.pool.shutdown(wait=False, cancel_futures=True)   # after an error nobody waits for what is being computed
     return [h for h, _ in done], [there for _, there in done]
@@ -207,7 +214,7 @@ def build(plan: Plan,
     "Carry out a plan in memory."
     import transformers
     plan.check(sources)
-    state = {r.target: _make(plan, r, sources).clone() for r in plan.rows}
+    state = {r.target: next(_parts(plan, r, sources, sys.maxsize)).clone() for r in plan.rows}
     config, mix = _config(plan, (x.dtype for x in state.values())), [state.pop(t.name) for t in plan.layout.find("cross.mix")]
     with _quiet(): model, info = getattr(transformers, plan.architecture).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or torch.float32, output_loading_info=True)

@@ -16,7 +16,7 @@ from ..core.errors import Refusal, unknown
 from ..core.layout import Layout, Tensor
 from ..core.plan import Plan, Row, _seed
 from ..core.resize import resized
-from .axes import DRAWN, MEAN, ZERO, Axis, again, cycle, groups, joined, shares
+from .axes import DRAWN, MEAN, ZERO, Axis, again, cycle, groups, halves, joined, shares
 from .decoder import _drawn
 
 # %% ../../nbs/methods/50_width.ipynb #75d47dfe
@@ -168,7 +168,8 @@ def _row(g: _Growth, t: Tensor, tied: Tensor | None) -> Row:
         if not found: continue
         arrays[f"index{k}"] = _kept(g, f"map.{axis}.{side}" if axis == "hidden" else f"map.{_place(t)}.{side}", found[0].astype(np.int32))
         last = tied and _bare(t) == _bare(tied) and (t.stack, t.layer) == (tied.stack, tied.layer) and g.loud == 1
-        if found[1] or last: arrays[f"by{k}"] = _kept(g, f"share.{t.name}" if not last else f"share.{tied.name}", shares(found[0] % t.shape[k], _seed(g.seed, (tied if last else t).name)))
+        if last: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(found[0] % t.shape[k], _seed(g.seed, tied.name)))
+        elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(found[0] % t.shape[k], _seed(g.seed, t.name)))
         if (found[0] == DRAWN).any(): args["std"] = _drawn(t, g.new.config).args.get("std", 0.0)
     if by != 1: args["by"] = by
     if g.facts.get("less_one") and _is_norm(t) and (by != 1 or "by0" in arrays): args["shift"] = 1.0
