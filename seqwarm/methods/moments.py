@@ -18,10 +18,10 @@ from ..core.layout import Tensor
 from ..core.plan import Plan, Row
 from .axes import MEAN, ZERO, again
 
-# %% ../../nbs/methods/65_moments.ipynb #b9500730
+# %% ../../nbs/methods/65_moments.ipynb #e409b438
 def _heard(plan: Plan, rows: dict[tuple, Row], t: Tensor, axis: str, index: np.ndarray) -> np.ndarray:
     "Which units of an axis that a tensor writes are read by somebody."
-    if axis == "hidden" and plan.notes.get("method") in ("lemon", "zero") and (index >= 0).all(): return ~again(index)   # gains of silent units
+    if axis == "hidden" and plan.notes.get("method") in ("lemon", "zero") and (index >= 0).all(): return ~again(index)   # silent gains
     block, parts = t.role.split(".")[0], len(axis.replace("&", "+").split("+"))
     reader = rows.get((t.stack, t.layer, "ffn.down" if block == "ffn" else f"{block}.o"))
     into = plan.layout.tensors[reader.target].axes.index("ffn" if block == "ffn" else "heads") if reader else None
