@@ -176,7 +176,8 @@ def flops(layout: Layout,
 def describe(layout: Layout,
              source: int = 512,             # S at which attention is counted
              target: int | None = None,     # T, by default S where there is a decoder
-             ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token), with experts active
+             ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token);
+                                            # where there are experts also active
     "The layout by role, with parameters and FLOPs a token."
     import pandas as pd
     target = target or (source if "decoder" in layout.layers else None)
