@@ -218,13 +218,13 @@ def aggregate(first: Checkpoint,            # with experts
         if number("top_k", top_k, 1) > E + F: raise Refusal(f"a token cannot meet {top_k} of {E + F} experts", f"give at most {E + F}")
         if "num_experts_per_tok" not in a.config: raise Refusal("a token meets one expert in Switch Transformers", "leave top_k out")
         new = layout(new.config | dict(num_experts_per_tok=top_k), a.architecture)
-    new, of = new.untied(first.untied), {(t.role, t.stack, t.layer, t.expert): n for n, t in a.stored().items()}
+    new, of = new.untied(first.untied), {(t.role, t.stack, t.layer, t.expert): n for x in (a, b) for n, t in x.stored().items()}
     def row(t: Tensor) -> Row:
         late = t.expert is not None and t.expert >= E
-        name = of[t.role, t.stack, t.layer, t.expert - E*late if t.expert is not None else None]
+        name = of[t.role, t.stack, t.layer, t.expert - E if late else t.expert]
+        if t.expert is not None: return Row(t.name, "copy", f"{'second' if late else 'first'}:{name}")
         both = (f"first:{name}", f"second:{name}")
         if t.role.startswith("router"): return Row(t.name, "experts.rows", both)
-        if t.expert is not None: return Row(t.name, "copy", both[late])
         return Row(t.name, "experts.mean", both) if rest == "mean" else Row(t.name, "copy", both[0])
     rows = [row(t) for t in new.stored().values()]
     used = {s for r in rows for s in r.sources}
