@@ -93,11 +93,11 @@ def test_flops_are_torch_s_with_the_chosen_experts_only(architecture, kw):
         asleep = {n for n, t in lay.stored().items() if frozen(t)} if callable(frozen) else set(lay.select(frozen))
         awake = {lay.table.parameter(n) for n in lay.stored() if n not in asleep}
         for n, p in m.named_parameters(): p.requires_grad_(n in awake)
-        for train in (False, True) if name == "nothing" else (True,):
+        for whole in (False, True) if name == "nothing" else (True,):
             with FlopCounterMode(display=False) as counter:
                 loss = m(**kwargs).logits.square().sum()
-                if train and loss.requires_grad: loss.backward()
-            assert flops(lay, S, T if two else None, train, frozen=frozen) == counter.get_total_flops()/B, (name, train)
+                if whole and loss.requires_grad: loss.backward()
+            assert flops(lay, S, T if two else None, whole, frozen=frozen) == counter.get_total_flops()/B, (name, whole)
     table = describe(lay, S)
     assert table.flops.sum()*S == pytest.approx(flops(lay, S, S if two else None, train=False)) and table.parameters.sum() == sum(t.size for t in lay.stored().values())
 
