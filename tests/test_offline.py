@@ -13,7 +13,7 @@ from seqwarm.core.stages import Chain, Stage, optimizer
 from seqwarm.core.train import _Loop, train
 from seqwarm.core.vocab import train_tokenizer
 from seqwarm.methods import offline as module
-from seqwarm.methods.metro import _pass, _text, pair
+from seqwarm.methods.metro import _text, pair
 from seqwarm.methods.offline import Kept, Offline, propose, taken
 import train_metro
 from train_small import equal, given, weights
@@ -66,7 +66,7 @@ def test_all_tokens_kept_are_the_frozen_auxiliary_itself(data, auxiliary, kept, 
     for name in (NAME, "metro?rate=0.3", "metro?rate=0.3&heat=0.5&tau=1"):
         frozen, other = pair(train_metro.mlm(data["tokenizer"]), auxiliary=auxiliary).eval(), offline(data, kept[0]).eval()
         for x in batches(data, auxiliary, name):
-            (one, _, filled, *_), (two, _, again, *_) = _pass(frozen, x), _pass(other, x)
+            (one, _, filled, *_), (two, _, again, *_) = frozen.seen(x), other.seen(x)
             assert torch.equal(filled, again) and torch.allclose(one, two, rtol=1e-5) and (filled != _text(0, **x).ids).any()
     other, frozen = run(other, data, folder/"equal"), run(frozen, data, folder/"equal")
     for column in ("train", "loss", "aux", "rtd", "clm", "auc", "recall", "precision", "replaced", "over_base", "spread", "lr", "tokens"):
@@ -107,7 +107,7 @@ def test_a_lucky_sample_is_original(data, auxiliary, kept):
     made = offline(data, kept[1]).eval(); x = batches(data, auxiliary)[0]; t = _text(0, **x)
     sure = t.ids.flatten()[t.at][:, None]      # a table that is sure of what stood there
     made.kept = SimpleNamespace(read=lambda _: (sure, torch.zeros(sure.shape), torch.zeros(len(sure))))
-    assert torch.equal(_pass(made, x)[2], t.ids) and made.read(made.tally(**x))["replaced"] == 0
+    assert torch.equal(made.seen(x)[2], t.ids) and made.read(made.tally(**x))["replaced"] == 0
 
 
 # ---------------------------------------------------------------- the table

@@ -14,7 +14,7 @@ from seqwarm.core.text import Text
 from seqwarm.recipes.metro import _FATES, Models, _encoder, _lead, _points, _step_flops, claims_of, compared, measure, proposals, reopened, sized
 
 WISH = dict(seeds=[0], text="world:a + world:b", valid=None, sleeping=False, kind="mpnet", mask_rate=0.15, apart=0.5, rtd=50.0, clm=1.0, auxiliary=None,
-            heat=2.0, tau=0.1, ahead=0.2, before=0.5, heads=4)
+            heat=2.0, tau=0.1, ramp=None, prior=None, auxiliary_rate=None, exit_every=None, exit_threshold=None, exit_by=None, exit_flops=None, ahead=0.2, before=0.5, heads=4)
 ARMS = ["random", "mlm", "electra", "metro", "metro+copy", "metro+contrast", "fast", "fast.frozen", "fast.offline", "mlm+metro", "mlm+fast.frozen"]
 
 @pytest.mark.parametrize("wish, says", [

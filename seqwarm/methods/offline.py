@@ -229,20 +229,22 @@ class Offline(Pair):
                  weights: Mapping[str, float] | None = None,    # those of rtd, clm that shall differ; clm=0: detection alone
                  prior: float | None = None,                    # as of `metro.pair`
                  tokenizer: PreTrainedTokenizerFast | None = None,   # the main model's, to be compared
-                 seed: int = 0):
+                 seed: int = 0, ramp: dict[str, float] | None = None):       # as of `metro.pair`
         if (V := main.config.vocab_size) != kept.told["vocab"]:
             raise Refusal(f"the proposals are of {kept.told['vocab']} tokens and the main model has {V}",
                           "take an auxiliary of the same vocabulary")
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != kept.told["tokenizer"]:
             raise Refusal("the tokenizer of the proposals differs from the main model's", "take an auxiliary with the same one")
-        made = pair(main, auxiliary=main, weights=dict(weights or {}), prior=prior, seed=seed)     # for its checks and its detector
+        made = pair(main, auxiliary=main, weights=dict(weights or {}), prior=prior, seed=seed, ramp=ramp)     # checks, detector
         if made.weights["aux"]: raise Refusal("there is no auxiliary here that could be trained", "leave out the weight of aux")
         torch.nn.Module.__init__(self)
         self.main, self.auxiliary, self.detect, self.kept = main, torch.nn.Module(), made.detect, kept
-        self.weights, self.still, self.first, self.signals, self.ramp = made.weights, False, made.first, made.signals, {}
+        self.weights, self.still, self.first, self.signals, self.ramp = made.weights, False, made.first, made.signals, made.ramp
 
     @property
-    def told(self) -> dict: return dict(main=self.main.config.to_dict(), proposals=self.kept.told["address"], weights=self.weights)
+    def told(self) -> dict:
+        own = dict(main=self.main.config.to_dict(), proposals=self.kept.told["address"], weights=self.weights)
+        return own | ({"ramp": self.ramp} if self.ramp else {})
     @property
     def idle(self) -> tuple[str, ...]: return ("main/head",) * (not self.weights["clm"])
 
