@@ -103,7 +103,7 @@ def _check_swept(p: SimpleNamespace) -> None:
         if (x := getattr(p, key)) is not None and not fits(number(f"parameter {key}", x, 0, float)):
             raise Refusal(f"parameter {key} cannot be {x:g}", f"give {say}")
     if not any(map(_leaves, p.arms)): return
-    if not p.rtd: raise Refusal("tokens leave by what detection says, and rtd weighs nothing", "leave out the arms with +exit")
+    if not p.rtd: raise Refusal("tokens leave by what detection says, and its weight is 0", "leave out the arms with +exit")
     Early(p.rtd, **_exits(p))
     if p.exit_every >= p.layers: raise Refusal(f"parameter exit_every cannot be {p.exit_every}", f"give less than the {p.layers} layers")
 
@@ -245,7 +245,7 @@ def _exited(models: Models, arm: str, rows: int) -> pd.DataFrame:
 
 # %% ../../nbs/recipes/30_metro.ipynb #71321093
 def measure(models: Models, arm: str) -> dict[str, Any]:
-    "A row of the result: what an encoder cost with all it came from, what its detector knew at the end, what exits left of its FLOPs, and a column a probe."
+    "A row of the result: what an encoder cost with all it came from, what its detector knew at the end, and a column a probe."
     made = models[arm]
     last = made.history.iloc[-1].drop([*asdict(Cost()), "lr", "train", "loss"], errors="ignore").to_dict()
     row = dict(arm=arm, seed=models.seed, **last, **{f"total_{k}": v for k, v in asdict(lineage(made.card)).items()})
@@ -283,10 +283,10 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any]) -> li
     "The result in some lines."
     lines = [f"on {p.text}: {p.layers} layers x {p.width}, {p.batch*p.length} tokens a step, the FLOPs of {p.steps} steps of MLM; "
              f"{len(p.seeds)} seed(s)",
-             "arm            steps   FLOPs, all   AUC    recall   points"]
+             "arm                    steps   FLOPs, all   AUC    recall   points"]
     for arm, r in table.groupby("arm", sort=False):
         seen = [f"{r[k].mean():6.2f}" if k in r and r[k].notna().any() else "     -" for k in ("auc", "recall")]
-        lines.append(f"{arm:12s} {r.step.mean():7.0f}   {r.total_flops.mean():9.2e}  {'  '.join(seen)}   {r.points.mean():6.2f}")
+        lines.append(f"{arm:20s} {r.step.mean():7.0f}   {r.total_flops.mean():9.2e}  {'  '.join(seen)}   {r.points.mean():6.2f}")
     for arm, r in table[table.arm.map(_leaves)].groupby("arm", sort=False):
-        lines.append(f"{arm}: {r.computed.mean():.1%} of its steps' FLOPs computed; at the end {r.kept.mean():.1%} of all layers and tokens")
+        lines.append(f"{arm}: {r.computed.mean():.1%} of its steps' FLOPs computed, at the end {r.kept.mean():.1%} of tokens' layers")
     return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g} spreads'}" for k, v in claims.items())]
