@@ -1,8 +1,9 @@
-"""A small training of a pair, and two ranks of it, forked from one process: python train_metro.py FOLDER STORE PORT [offline]."""
+"""A small training of a pair, and two ranks of it, forked from one process: python train_metro.py FOLDER STORE PORT [offline | early]."""
 import gc, sys
 import torch
 from transformers import BertConfig, BertForMaskedLM
 from seqwarm.core.train import Stage, train
+from seqwarm.methods.exit import Early
 from seqwarm.methods.metro import pair
 from seqwarm.methods.offline import Offline, propose
 from train_small import given, ranks
@@ -26,6 +27,12 @@ def offline(folder: str, store: str):
     kept = propose(mlm(data["tokenizer"], 1), stages=stages, store=store, **data, **sizes, k=9)
     return train(Offline(mlm(data["tokenizer"]), kept), stages=stages, store=store, **data, **sizes, every=3, parents=(kept.card,))
 
+def early(folder: str, store: str, threshold: float = 0.5, accumulate: int = 1):
+    "Where tokens leave the main model."
+    data = given(folder)
+    made = pair(mlm(data["tokenizer"], 3), signals=[Early(every=1, threshold=threshold)], prior=0.15)
+    return train(made, stages=[Stage(6, 5e-3, "metro?rate=0.3")], store=store, **data, batch=4, accumulate=accumulate, every=3, save_every=2, sequences=8)
+
 if __name__ == "__main__":
     gc.collect(); gc.freeze()   # accelerate collects after every stage
-    ranks(offline if sys.argv[4:] == ["offline"] else main, *sys.argv[1:4])
+    ranks(dict(offline=offline, early=early)[sys.argv[4]] if sys.argv[4:] else main, *sys.argv[1:4])
