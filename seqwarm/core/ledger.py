@@ -222,7 +222,7 @@ def units(layout: Layout,
 class Cost:
     "What training took."
     tokens: float = 0       # tokens trained on, padding not counted
-    flops: float = 0        # analytic, as above
+    flops: float = 0        # analytic, as above; less what early exits left out
     units: float = 0        # training units
     seconds: float = 0      # on whatever machine it ran
 
