@@ -5,20 +5,21 @@
 # %% auto #0
 __all__ = ['resized']
 
-# %% ../../nbs/core/08_resize.ipynb #32af2d5b
+# %% ../../nbs/core/08_resize.ipynb #b16300d3
 import math
 from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
-from .errors import Refusal, number
+from .errors import Refusal, number, unknown
 from .layout import Layout, layout
 
-# %% ../../nbs/core/08_resize.ipynb #80917286
+# %% ../../nbs/core/08_resize.ipynb #b7e4cc97
 _KEYS = dict(hidden=("hidden_size", "d_model", "n_embd"),
              heads=("num_attention_heads", "num_heads", "n_head", "encoder_attention_heads", "decoder_attention_heads"),
              kv_heads=("num_key_value_heads",),
              ffn=("intermediate_size", "d_ff", "ffn_dim", "n_inner", "encoder_ffn_dim", "decoder_ffn_dim"))
-_LAYERS = {"": ("num_hidden_layers", "n_layer"), "encoder": ("encoder_layers", "num_layers"), "decoder": ("decoder_layers", "num_decoder_layers")}
+_LAYERS = {"": ("num_hidden_layers", "n_layer"), "encoder": ("encoder_layers", "num_layers"),
+           "decoder": ("decoder_layers", "num_decoder_layers")}
 _FOLLOW = ("embedding_size", "word_embed_proj_dim", "pooler_hidden_size")    # as wide as the model, where they were so
 _WORDS = dict(hidden="hidden size", heads="number of heads", kv_heads="number of key-value heads", ffn="feed-forward size")
 
@@ -37,7 +38,7 @@ def _grown(lay: Layout, axis: str, asked: int | None, ratio: Fraction) -> dict[s
         new[k] = asked if asked is not None else n*ratio if axis == "ffn" else n
     return {k: math.ceil(n) for k, n in new.items()}
 
-# %% ../../nbs/core/08_resize.ipynb #f957abc8
+# %% ../../nbs/core/08_resize.ipynb #73aacdd2
 def _heads(lay: Layout, heads: int | None, kv_heads: int | None, hidden: int) -> dict[str, int]:
     "Numbers of heads, with the head size that they keep."
     c, D, kind = lay.config, lay.size("hidden"), lay.config["model_type"]
@@ -47,7 +48,7 @@ def _heads(lay: Layout, heads: int | None, kv_heads: int | None, hidden: int) ->
     size = {k: lay.sizes.get("head", lay.sizes.get(f"{k.split('_')[0]}.head")) for k in new}
     for k, n in new.items():
         head, full = size[k], c[k]*size[k] == D
-        if heads is None and full: 
+        if heads is None and full:
             if hidden % head: raise Refusal(f"a hidden size of {hidden} cannot be cut into heads of {head}", f"give {_near(hidden, head)}")
             new[k] = hidden//head
         elif own is None and n*head != hidden:
@@ -66,29 +67,32 @@ def _groups(lay: Layout, heads: dict[str, int], asked: int | None) -> dict[str, 
     [H], K = heads.values(), (c["num_key_value_heads"] or next(iter(c[k] for k in heads)))
     old = next(c[k] for k in heads)
     if asked is None: asked = K*H//old if K*H % old == 0 else K
-    if H % asked: raise Refusal(f"{H} heads cannot share {asked} key-value heads", f"give {_near(H, asked)} heads, or {math.gcd(H, asked)} for keys and values")
+    if H % asked:
+        raise Refusal(f"{H} heads cannot share {asked} key-value heads",
+                      f"give {_near(H, asked)} heads, or {math.gcd(H, asked)} for keys and values")
     return {"num_key_value_heads": asked}
 
-# %% ../../nbs/core/08_resize.ipynb #011f29fa
+# %% ../../nbs/core/08_resize.ipynb #6fbad286
 def _deeper(lay: Layout, layers: Mapping[str, list[int]]) -> dict[str, Any]:
     "The entries of a config that depend on the layers."
     c, new = lay.config, {}
     for stack, order in layers.items():
-        if stack not in lay.layers: raise Refusal(f"{lay.architecture} has no stack {stack!r}", f"its stacks are {', '.join(map(repr, lay.layers))}")
+        if stack not in lay.layers: raise unknown(f"stack in {lay.architecture}", stack, map(repr, lay.layers))
         if not order: raise Refusal("a model without layers", "name at least one")
         L = lay.layers[stack]
         for i in order:
-            if number("a layer", i) >= L: raise Refusal(f"there is no layer {i}: {lay.architecture} has {L}", f"name layers from 0 to {L - 1}")
+            if number("a layer", i) >= L:
+                raise Refusal(f"there is no layer {i}: {lay.architecture} has {L}", f"name layers from 0 to {L - 1}")
         new[next(k for k in _LAYERS[stack] if k in c)] = len(order)
         each = {k: x for k, x in c.items() if isinstance(x, list) and len(x) == L and k.startswith("layer")}
         new |= {k: [x[i] for i in order] for k, x in each.items()}
     if "num_decoder_layers" in c and "encoder" in layers and "decoder" not in layers: new["num_decoder_layers"] = lay.layers.get("decoder")
     return new
 
-# %% ../../nbs/core/08_resize.ipynb #e845353e
+# %% ../../nbs/core/08_resize.ipynb #d8c0c833
 def resized(lay: Layout,
             hidden: int | None = None,      # D
-            heads: int | None = None,       # H; by default in the old proportion to the hidden size where they fill it, or else as they are
+            heads: int | None = None,       # H; by default in proportion to the hidden size if they fill it, or else as they are
             kv_heads: int | None = None,    # K; by default with the heads
             ffn: int | None = None,         # F; by default in the old proportion to the hidden size
             layers: Mapping[str, list[int]] | None = None,   # stack -> for each new layer the one that it comes from
@@ -104,8 +108,9 @@ def resized(lay: Layout,
     config = c | new | _deeper(lay, layers or {})
     made = layout(config, lay.architecture)
     for k, x in config.items():
-        if k.startswith("layer_") and made.config[k] != x: raise Refusal(f"a {c['model_type']} cannot have the {k} {x}", "choose other layers")
+        if k.startswith("layer_") and made.config[k] != x:
+            raise Refusal(f"a {c['model_type']} cannot have the {k} {x}", "choose other layers")
     if made.size("hidden") != width: raise RuntimeError(f"{lay.architecture} did not become {width} wide")    # a defect of the names above
-    if ffn is not None and any(t.shape[t.axes.index("ffn")] != ffn for t in made.find("ffn.up") if "ffn" in t.axes):
+    if ffn is not None and made.size("ffn", next(iter(made.layers))) != ffn:
         raise Refusal(f"the feed-forward net of a {c['model_type']} is {made.size('ffn')} wide at this hidden size", "leave its size out")
     return made

@@ -19,7 +19,7 @@ from ..core.files import room
 from ..core.layout import Layout, layout
 from ..core.layout import family as table
 from ..core.plan import Plan, Row, operation
-from ..core.vocab import _FILES, hand_out, load_tokenizer
+from ..core.vocab import beside, hand_out
 from ..core.write import write
 from .decoder import _T5, _blocks, _decoder_row, _depth, _drawn
 
@@ -90,16 +90,12 @@ def _checked(encoder: Checkpoint) -> Layout:
 def _ids(encoder: Checkpoint, family: str) -> dict[str, int | None]:
     "bos, eos, pad and decoder_start of the new model."
     said, ids = {r: encoder.config.get(f"{r}_token_id") for r in ("bos", "eos", "pad", "cls", "sep")}, {}
-    if tokenizer := _tokenizer(encoder): said |= {r: i for r in said if (i := getattr(tokenizer, f"{r}_token_id", None)) is not None}
+    if tokenizer := beside(encoder.path): said |= {r: i for r in said if (i := getattr(tokenizer, f"{r}_token_id", None)) is not None}
     for role, also in (("bos", "cls"), ("eos", "sep"), ("pad", "pad")): ids[role] = said[role] if said[role] is not None else said[also]
     start = ids["pad" if family in _T5 else "eos" if family in ("bart", "mbart") else "bos"]
     for what, i in (("padding token", ids["pad"]), ("token for a decoder to begin with", start)):
         if i is None: raise Refusal(f"{encoder.origin} has no {what}", "put a tokenizer beside it, with bos, eos (or cls, sep) and pad")
     return {f"{r}_token_id": i for r, i in ids.items()} | {"decoder_start_token_id": start}
-
-def _tokenizer(of: Checkpoint) -> Any:
-    "The tokenizer in a checkpoint's folder, or None."
-    return load_tokenizer(of.path) if any((of.path/f).exists() for f in _FILES) else None
 
 _WORDS = {"encoder_layers": "num_hidden_layers", "encoder_attention_heads": "num_attention_heads", "encoder_ffn_dim": "intermediate_size",
           "d_model": "hidden_size", "activation_function": "hidden_act", "dropout": "hidden_dropout_prob", "init_std": "initializer_range",
@@ -300,7 +296,7 @@ def carry_out(plan: Plan,                        # of `graft` or `extract`
               ) -> Checkpoint:                   # what was written, its card a child of the checkpoint's
     "Write a graft, with what it keeps, or an extracted encoder, each with its tokenizer."
     room(out)   # refused before anything is read
-    tokenizer = _tokenizer(checkpoint)
+    tokenizer = beside(checkpoint.path)
     inputs = tokenizer and list(tokenizer.model_input_names)
     if plan.recipe == "graft":
         tokenizer = _handing(tokenizer, inputs if plan.notes["family"] == _ANY else [n for n in inputs or () if n != "token_type_ids"])

@@ -15,7 +15,7 @@ from ..core.errors import Refusal
 from ..core.losses import measured
 from ..core.objectives import objective
 from ..core.plan import Plan
-from ..core.vocab import load_tokenizer
+from ..core.vocab import beside, load_tokenizer
 from .depth import copied, deepened
 from .width import width
 
@@ -34,7 +34,7 @@ def grow(source: Checkpoint,
     "A wider and deeper model, as a plan."
     sizes = dict(hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
     grows = any(x is not None for x in sizes.values()), layers is not None or order is not None
-    if not any(grows): raise Refusal("nothing is to grow", "give a hidden size, a number of heads, a feed-forward size or a number of layers")
+    if not any(grows): raise Refusal("nothing is to grow", "give a hidden size, heads, a feed-forward size or a number of layers")
     plan = width(source, wide, seed=seed, **sizes) if grows[0] else copied(source)
     plan = deepened(plan, layers, deep, order) if grows[1] else plan
     return replace(plan, recipe="grow", notes=plan.notes | dict(ways=[w for w, g in zip((wide, deep), grows) if g]))
@@ -43,7 +43,8 @@ def grow(source: Checkpoint,
 def told(plan: Plan) -> list[str]:   # of `grow`
     "What a plan will do, in a few lines."
     n, ops, new = plan.notes, plan.summary()["operations"], plan.layout
-    size = f"{' + '.join(map(str, new.layers.values()))} layers x {new.size('hidden')}, {sum(t.size for t in new.stored().values()):,} parameters"
+    size = f"{' + '.join(map(str, new.layers.values()))} layers x {new.size('hidden')}"
+    size += f", {sum(t.size for t in new.stored().values()):,} parameters"
     first = [f"{plan.architecture} by {' and '.join(n['ways'])}: {size}",
              "the function is kept" if n["exact"] else f"the function is not kept: {n.get('why') or 'layers were added that do something'}"]
     added = [f"new layers: {', '.join(n['train'])}"] if n.get("train") else []
@@ -53,7 +54,8 @@ def told(plan: Plan) -> list[str]:   # of `grow`
 def _models(*checkpoints: Checkpoint) -> list[torch.nn.Module]:
     import transformers
     with _quiet():
-        return [getattr(transformers, c.architecture).from_pretrained(c.path, dtype=torch.float32, attn_implementation="eager").eval() for c in checkpoints]
+        return [getattr(transformers, c.architecture).from_pretrained(c.path, dtype=torch.float32, attn_implementation="eager").eval()
+                for c in checkpoints]
 
 def _seen(models: list[torch.nn.Module], ids: torch.Tensor) -> list[Any]:
     "What each model says of the same tokens [B, S]."
@@ -70,9 +72,9 @@ def receipt(plan: Plan,              # of `grow`
     n = plan.notes
     found = dict(recipe=plan.recipe, ways=n["ways"], exact=n["exact"], new_layers=n.get("train", []), fingerprint=plan.fingerprint)
     models = _models(source, grown)
-    if models[0].get_output_embeddings() is None: return found | dict(measured="nothing: a model without a head says nothing that could be compared")
+    if models[0].get_output_embeddings() is None: return found | dict(measured="nothing: a model without a head says nothing")
     V, ids = models[0].config.vocab_size, torch.Generator().manual_seed(plan.seed)
-    one, other = _seen(models, torch.randint(min(V, len(_tokens(source) or range(V))), (rows, length), generator=ids))
+    one, other = _seen(models, torch.randint(min(V, len(beside(source.path) or range(V))), (rows, length), generator=ids))
     found |= dict(largest_logit=float(one.abs().max()), largest_difference=float((one - other).abs().max()))
     if text is None: return found
     tokenizer = load_tokenizer(source.path)
@@ -80,8 +82,3 @@ def receipt(plan: Plan,              # of `grow`
     ask = objective("denoise" if models[0].config.is_encoder_decoder else "mlm" if "MaskedLM" in source.architecture else "causal")
     losses = [measured(m, corpus, ask, tokenizer, min(rows, len(corpus)))["loss"] for m in models]
     return found | dict(text=text, loss_before=losses[0], loss_after=losses[1])
-
-def _tokens(source: Checkpoint) -> Any:
-    "The tokenizer beside a checkpoint, or None: rows that pad an embedding stand for no token."
-    try: return load_tokenizer(source.path)
-    except Refusal: return None

@@ -7,6 +7,7 @@ __all__ = ['sized', 'Models', 'grow_plan', 'best_rate', 'trained', 'results', 'o
 
 # %% ../../nbs/recipes/40_growth.ipynb #93a28ecc
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -36,13 +37,14 @@ from ..methods.width import METHODS as WIDTHS
 _SIZES = {
     "smoke": dict(words=30_000, vocab=400, length=32, batch=8, width=64, layers=2, small_width=32, small_layers=1, small_steps=30, steps=24,
                   shares=[0.5], rates=[4e-3], arms=["fpi+interpolate", "aki+stack"]),
-    "demo": dict(words=2_000_000, vocab=1000, length=64, batch=16, width=128, layers=4, small_width=64, small_layers=2, small_steps=4000,
-                 steps=1500, shares=[0.55], rates=[2e-3, 4e-3],
+    "demo": dict(words=2_000_000, vocab=500, length=64, batch=16, width=64, layers=4, small_width=32, small_layers=2, small_steps=3000,
+                 steps=2000, shares=[0.55], rates=[2e-3, 4e-3],
                  arms=["direct+interpolate", "fpi+interpolate", "fpi+stack", "aki+interpolate", "lemon+identity"]),
     "full": dict(words=20_000_000, vocab=8000, length=256, batch=64, width=768, layers=12, small_width=384, small_layers=12,
                  small_steps=50_000, steps=100_000, shares=[0.4, 0.55, 0.7], rates=[2e-4, 5e-4, 1e-3],
                  arms=["direct", "fpi", "aki", "aki/top", "lemon", "zero"])}
-_CLASSES = dict(gpt2=GPT2LMHeadModel, llama=LlamaForCausalLM, bert=BertForMaskedLM, pre=RobertaPreLayerNormForMaskedLM, mpnet=MPNetForMaskedLM)
+_CLASSES = dict(gpt2=GPT2LMHeadModel, llama=LlamaForCausalLM, bert=BertForMaskedLM, mpnet=MPNetForMaskedLM,
+                pre=RobertaPreLayerNormForMaskedLM)
 _CAUSAL = ("gpt2", "llama")
 
 def sized(scale: str, **wishes: Any) -> SimpleNamespace:
@@ -72,18 +74,18 @@ def _check(p: SimpleNamespace) -> None:
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
-    for rate in (*p.rates, p.small_rate, *([] if p.warm_rate is None else [p.warm_rate])):
+    for rate in (*p.rates, p.small_rate, *([p.warm_rate] if p.warm_rate is not None else [])):
         if rate <= 0: raise Refusal(f"a learning rate cannot be {rate:g}", "give one above 0")
     for share in p.shares:
         if not 0 < share <= 1: raise Refusal(f"parameter shares cannot hold {share:g}", "give shares of scratch's steps, such as 0.55")
     for key in ("width", "small_width"):
-        if getattr(p, key) % p.head: raise Refusal(f"parameter {key} cannot be {getattr(p, key)}", f"give a multiple of the head size {p.head}")
+        if (n := getattr(p, key)) % p.head: raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the head size {p.head}")
     for key in ("width", "layers"):
         if getattr(p, f"small_{key}") > getattr(p, key): raise Refusal(f"parameter small_{key} is above {key}", "growth only adds")
     grows = (p.width > p.small_width, p.layers > p.small_layers)
     for arm in p.arms:
-        for way, does, axis in zip(_ways(arm)[:2], grows, ("width", "depth")):
-            if does and way is None: raise Refusal(f"the arm {arm} does not say how to grow in {axis}", f"add one of {', '.join(WIDTHS if axis == 'width' else DEPTHS)}")
+        for way, does, axis, known in zip(_ways(arm)[:2], grows, ("width", "depth"), (WIDTHS, DEPTHS)):
+            if does and way is None: raise Refusal(f"the arm {arm} does not say how to grow in {axis}", f"add one of {', '.join(known)}")
             if way and not does: raise Refusal(f"the arm {arm} grows in {axis}, and both models have the same", f"leave {way} out")
 
 # %% ../../nbs/recipes/40_growth.ipynb #e43bb86a
@@ -91,8 +93,8 @@ def _fresh(p: SimpleNamespace, text: Text, seed: int, width: int, layers: int) -
     "A model without dropout, of random weights."
     kind, V = _CLASSES[p.kind], len(text.tokenizer)
     if p.kind == "gpt2":
-        return fresh(kind, seed, width, vocab_size=V, n_embd=width, n_layer=layers, n_head=width//p.head, n_positions=p.length, resid_pdrop=0.0,
-                     embd_pdrop=0.0, attn_pdrop=0.0, **text.ids)
+        return fresh(kind, seed, width, vocab_size=V, n_embd=width, n_layer=layers, n_head=width//p.head, n_positions=p.length,
+                     resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, **text.ids)
     if p.kind == "llama":
         return fresh(kind, seed, width, vocab_size=V, hidden_size=width, num_hidden_layers=layers, num_attention_heads=width//p.head,
                      intermediate_size=3*width, max_position_embeddings=p.length, tie_word_embeddings=True, **text.ids)
@@ -106,7 +108,8 @@ def _opened(p: SimpleNamespace, path: Path) -> PreTrainedModel:
 # %% ../../nbs/recipes/40_growth.ipynb #25a62fb3
 class Models:
     "The models of one seed; each is made, or found, when it is first asked for."
-    def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int): self.p, self.store, self.text, self.seed = p, store, text, seed
+    def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
+        self.p, self.store, self.text, self.seed = p, store, text, seed
 
     def _train(self, name: str, model: PreTrainedModel, steps: int, rate: float, parents: tuple[Card, ...] = (), top: int = 0) -> Trained:
         "Train a model; with `top`, a first part of the steps trains so many upper layers and what stands above them alone."
@@ -129,15 +132,17 @@ class Models:
         "The control: the small model trained on, for the FLOPs that a share of scratch's steps takes."
         small, per = self.small(), self.scratch(rate).card.cost["flops"]/self.p.steps
         own = small.card.cost["flops"]/self.p.small_steps
-        return self._train(f"small, on for {share:g}", _opened(self.p, small.path), round(share*self.p.steps*per/own), self.p.small_rate, (small.card,))
+        return self._train(f"small, on for {share:g}", _opened(self.p, small.path), round(share*self.p.steps*per/own), self.p.small_rate,
+                           (small.card,))
 
     def grown(self, arm: str) -> Checkpoint:
         "The small model, grown; found again if it was before."
         small = Checkpoint(self.small().path)
         plan = grow_plan(self.p, small, arm, self.seed)
         out = self.store/f"grown-{fingerprint([plan.fingerprint, small.card.id])}"
+        card = Card.child(f"{arm} {self.seed}", "growth", [small.card], plan=plan.summary())
         with PartialState().main_process_first():   # of several ranks one writes
-            if not out.exists(): write(plan, {"source": small}, out, self.text.tokenizer, Card.child(f"{arm} {self.seed}", "growth", [small.card], plan=plan.summary()))
+            if not out.exists(): write(plan, {"source": small}, out, self.text.tokenizer, card)
         return Checkpoint(out)
 
     def arm(self, arm: str, share: float, rate: float) -> Trained:
@@ -153,11 +158,11 @@ def grow_plan(p: SimpleNamespace,
               seed: int) -> Plan:     # for the source "source"
     "The plan of an arm: wider, then deeper."
     wide, deep, _ = _ways(arm)
-    return grow(small, hidden=p.width if wide else None, layers=p.layers if deep else None, wide=wide or "fpi", deep=deep or "stack", seed=seed)
+    sizes = dict(hidden=p.width) if wide else {}
+    return grow(small, layers=p.layers if deep else None, wide=wide or "fpi", deep=deep or "stack", seed=seed, **sizes)
 
 def _top_first(stages: list[Stage], layers: int, top: int, part: str) -> list[Stage]:
     "The first half of the steps with the lower layers and the embeddings asleep, and then all awake."
-    from dataclasses import replace
     sleep = tuple(f"{part}{w}" for w in (f"attn@0-{layers - top - 1}", f"ffn@0-{layers - top - 1}", "embed.position"))
     half = stages[0].steps//2
     return [replace(stages[0], steps=half, frozen=sleep), replace(stages[0], steps=stages[0].steps - half, continues=True), *stages[1:]]
@@ -180,8 +185,8 @@ def results(done: dict[tuple[str, float], Trained], small: Trained, seed: int) -
     ref, before, rows = done["scratch", 1.0].history, lineage(small.card).flops, []
     for (arm, share), t in done.items():
         h = t.history
-        rows.append(dict(arm=arm, share=share, seed=seed, first_loss=h.loss.iloc[0], last_loss=h.loss.iloc[-1], scratch_loss=ref.loss.iloc[-1],
-                         small_loss=small.history.loss.iloc[-1], steps=h.step.iloc[-1], flops=h.flops.iloc[-1],
+        rows.append(dict(arm=arm, share=share, seed=seed, first_loss=h.loss.iloc[0], last_loss=h.loss.iloc[-1],
+                         scratch_loss=ref.loss.iloc[-1], small_loss=small.history.loss.iloc[-1], steps=h.step.iloc[-1], flops=h.flops.iloc[-1],
                          to_reach=crossing(h.flops, h.loss, ref.loss.iloc[-1]), saved=saved(h, ref),
                          saved_all=saved(h, ref, extra=0 if arm == "scratch" else before)))
     return rows
@@ -217,14 +222,14 @@ def claims_of(table: pd.DataFrame, kind: str) -> dict[str, float | None]:
     "What was measured of each claim, by its id in claims.toml."
     best, on = _best(table, _arms(table)), _best(table, ["small"])
     lead = None if best is None else best - max(on or 0.0, 0.0)      # who never gets there saves nothing
-    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": _best(table, _arms(table), "saved_all"), "growth-order": order(table),
-            "growth-control": lead}
+    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": _best(table, _arms(table), "saved_all"),
+            "growth-order": order(table), "growth-control": lead}
 
 def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate: float) -> list[str]:
     "The result in some lines."
     percent = lambda x: "never" if pd.isna(x) else f"{100*x:.0f} %"
-    lines = [f"on {p.text}: {p.kind}, {p.small_layers} layers x {p.small_width} become {p.layers} x {p.width}; {p.batch*p.length} tokens a step, "
-             f"{p.steps} steps of scratch at {rate:g}; {len(p.seeds)} seed(s)",
+    lines = [f"on {p.text}: {p.kind}, {p.small_layers} layers x {p.small_width} become {p.layers} x {p.width}; "
+             f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {rate:g}; {len(p.seeds)} seed(s)",
              f"the small model ends at {table.small_loss.mean():.3f} nats a token, scratch at {table.scratch_loss.mean():.3f}",
              "arm                   share   first loss   last loss   FLOPs saved   with the small model's"]
     for (arm, share), t in table.groupby(["arm", "share"], sort=False):
