@@ -85,14 +85,15 @@ def _before_tied(old: Layout) -> Tensor | None:
 
 def _silent(old: Layout, method: str, rms: bool) -> None:
     "Refuse silent units in a residual stream that cannot have them."
-    def no(why: str): raise Refusal(f"{method} cannot make this {old.config['model_type']} wider: {why}",
-                                    f"take fpi with a multiple of {old.size('hidden')}, which is exact, or leave the hidden size")
-    if any(old.norms(s) == "post" for s in old.layers): no("its norms write the state themselves (post-norm), and give new units what the old ones do not say")
+    def no(why: str) -> None:
+        raise Refusal(f"{method} cannot make this {old.config['model_type']} wider: {why}",
+                      f"take fpi with a multiple of {old.size('hidden')}, which is exact, or leave the hidden size")
+    if any(old.norms(s) == "post" for s in old.layers): no("its norms write the state themselves (post-norm), so no unit of it can stay silent")
     if method == "zero" and not rms: no("new units at zero move the mean that layer norms subtract; lemon may do")
     norms = [t for t in old.tensors.values() if _is_norm(t) and "hidden" in t.axes]
     if not rms and (wrong := [t for t in norms if t.role.split(".")[0] not in ("attn", "cross", "ffn", "norm")]):
         no(f"{wrong[0].name} is a layer norm of what is not the residual stream")
-    if not any(t.role == "attn.norm" or t.role == "attn.norm.out" for t in norms): no("its norms have no gains")
+    if not any(t.role in ("attn.norm", "attn.norm.out") for t in norms): no("its norms have no gains")
     if not all(any(t.role == "norm.final" and t.stack == s for t in norms) for s in old.layers): no("no norm ends it")
 
 # %% ../../nbs/methods/50_width.ipynb #494ab173
@@ -119,22 +120,23 @@ def _maps(g: _Growth) -> None:
     "Fill in the maps of all axes that grow."
     rms = bool(g.facts.get("rms"))
     for t in g.old.tensors.values():
-        for axis in {a for x in t.axes for a in re.split(r"[+&]", x)} & {"hidden", "ffn", "heads", "kv_heads"}:
+        for axis in sorted({a for x in t.axes for a in re.split(r"[+&]", x)} & {"hidden", "ffn", "heads", "kv_heads"}):
             key, n, N = _key(g.old, t, axis), g.old.size(axis, t.stack), g.new.size(axis, t.stack)
             if key in g.maps: continue
-            seed = _seed(g.seed, key.replace("kv.", "heads.", 1))
+            seed, both = _seed(g.seed, key.replace("kv.", "heads.", 1)), [a for a in ("heads", "kv_heads") if a in g.old.sizes]
             if axis == "hidden" and n != N: g.maps.update({key: _residual(g.method, n, N, seed, rms), "copies": _residual("fpi", n, N, seed, rms)})
             elif axis == "ffn" and n != N: g.maps[key] = _inner(g.method, n, cycle(n, N, seed), np.arange(N) >= n)
-            elif axis not in ("hidden", "ffn") and any(g.old.size(a, t.stack) != g.new.size(a, t.stack) for a in ("heads", "kv_heads") if a == "heads" or a in g.old.sizes):
+            elif axis in both and any(g.old.size(a, t.stack) != g.new.size(a, t.stack) for a in both):
                 pair = _heads(g.method, g.old, g.new, t.stack, seed, bool(g.facts.get("slopes")))
-                g.maps.update({_key(g.old, t, "heads"): pair[0]} | ({_key(g.old, t, "kv_heads"): pair[1]} if "kv_heads" in g.old.sizes else {}))
+                g.maps.update({_key(g.old, t, a): m for a, m in zip(both, pair)})
 
 # %% ../../nbs/methods/50_width.ipynb #49688406
 def _axis(g: _Growth, t: Tensor, axis: str, side: str, above: bool) -> tuple[np.ndarray, bool] | None:
     "The map of one axis of a tensor, and whether it is shared; None where it stays."
-    parts = re.split(r"[+&]", axis)
-    keys = ["copies" if p == "hidden" and g.loud != 1 and t.role.endswith(("norm", "norm.out", "norm.final")) else
-            _key(g.old, t, "heads" if p == "n_heads" else p) if p in ("hidden", "ffn", "heads", "kv_heads", "n_heads") else p for p in parts]
+    def key(p: str) -> str:
+        if p == "hidden" and g.loud != 1 and t.role.endswith(("norm", "norm.out", "norm.final")): return "copies"     # a gain is never silent
+        return _key(g.old, t, "heads" if p == "n_heads" else p) if p in ("hidden", "ffn", "heads", "kv_heads", "n_heads") else p
+    parts = re.split(r"[+&]", axis); keys = [key(p) for p in parts]
     if not any(k in g.maps for k in keys): return None
     found = [g.maps.get(k) or Axis.same(g.old.size(p, t.stack)) for p, k in zip(parts, keys)]
     if parts == ["n_heads"]: found = [replace(found[0], width=1)]
@@ -144,14 +146,18 @@ def _axis(g: _Growth, t: Tensor, axis: str, side: str, above: bool) -> tuple[np.
     if _bare(t) not in _STREAM: index = np.where(index == MEAN, ZERO, index)
     return index, side == "into" and any(f.split for f in found)
 
+def _same(t: Tensor, tied: Tensor | None) -> bool:
+    "Whether a tensor is the gain or the bias of the norm before a tied head."
+    return tied is not None and (_bare(t), t.stack, t.layer) == (_bare(tied), tied.stack, tied.layer)
+
 def _factor(g: _Growth, t: Tensor, tied: Tensor | None) -> float:
     "What all numbers of a tensor are multiplied by."
     role, c = _bare(t), g.loud
-    raw = g.old.norms(t.stack) == "out" if t.layer is not None else False
+    raw = t.layer is not None and g.old.norms(t.stack) == "out"
     by = 1.0 if role not in _STREAM or "hidden" not in t.axes else g.token if role == "embed.token" else c
     if "hidden" in t.axes and _is_norm(t) and t.role == role and not role.endswith(".out"): by /= c
     if raw and role in ("attn.q", "attn.k", "attn.v", "ffn.up", "ffn.gate") and t.role == role: by /= c
-    if tied and role == _bare(tied) and (t.stack, t.layer) == (tied.stack, tied.layer): by /= g.token
+    if _same(t, tied): by /= g.token
     if role == "norm.final" and t.stack == list(g.old.layers)[-1] and g.facts.get("over_root") and g.old.find("head"): by *= g.ratio**0.5
     return by
 
@@ -159,18 +165,18 @@ def _factor(g: _Growth, t: Tensor, tied: Tensor | None) -> float:
 def _row(g: _Growth, t: Tensor, tied: Tensor | None) -> Row:
     "The row of one tensor."
     above = g.old.find(t.role, t.stack, t.layer + 1) if g.method == "aki" and t.layer is not None else []
-    by, args, arrays, N = _factor(g, t, tied), {}, {}, g.new.tensors[t.name].shape
+    by, args, arrays, shape = _factor(g, t, tied), {}, {}, g.new.tensors[t.name].shape
     for k, axis in enumerate(t.axes):
         side = "into" if t.out is not None and k != t.out else "out"
         found = _axis(g, t, axis, side, bool(above)) if k < 2 else None
-        if len(found[0]) != N[k] if found else t.shape[k] != N[k]:
+        if (len(found[0]) if found else t.shape[k]) != shape[k]:
             raise Refusal(f"{t.name} cannot become wider along its axis {axis}", "keep the hidden size")
         if not found: continue
-        arrays[f"index{k}"] = _kept(g, f"map.{axis}.{side}" if axis == "hidden" else f"map.{_place(t)}.{side}", found[0].astype(np.int32))
-        last = tied and _bare(t) == _bare(tied) and (t.stack, t.layer) == (tied.stack, tied.layer) and g.loud == 1
-        if last: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(found[0] % t.shape[k], _seed(g.seed, tied.name)))
-        elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(found[0] % t.shape[k], _seed(g.seed, t.name)))
-        if (found[0] == DRAWN).any(): args["std"] = _drawn(t, g.new.config).args.get("std", 0.0)
+        index, old = found[0], found[0] % t.shape[k]
+        arrays[f"index{k}"] = _kept(g, f"map.{axis if axis == 'hidden' else _place(t)}.{side}", index.astype(np.int32))
+        if _same(t, tied) and g.loud == 1: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(old, _seed(g.seed, tied.name)))
+        elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(old, _seed(g.seed, t.name)))
+        if (index == DRAWN).any(): args["std"] = _drawn(t, g.new.config).args.get("std", 0.0)
     if by != 1: args["by"] = by
     if g.facts.get("less_one") and _is_norm(t) and (by != 1 or "by0" in arrays): args["shift"] = 1.0
     sources = [f"source:{t.name}", *(f"source:{x.name}" for x in above if arrays)]
@@ -196,9 +202,15 @@ def _doubts(g: _Growth) -> list[str]:
     if g.method == "aki": found.append("new units come from the layer above")
     if g.method == "fpi" and "hidden" in grown and _uneven(grown["hidden"]):
         found.append(f"{g.new.size('hidden')} is no multiple of {g.old.size('hidden')}, and norms see the units with more copies more often")
-    if any("heads" in t.axes or "kv_heads" in t.axes for t in g.old.find("attn.?_norm")) and any(_uneven(a) for k, a in grown.items() if k[:2] in ("he", "kv")):
+    across = any("heads" in t.axes or "kv_heads" in t.axes for t in g.old.find("attn.?_norm"))
+    if across and any(_uneven(a) for k, a in grown.items() if k.startswith(("heads", "kv"))):
         found.append("queries and keys are normed across all heads, which do not have equally many copies")
     return found
+
+def _ranges(which: np.ndarray) -> str:
+    "'4-7, 12-15', from a mask."
+    at = np.flatnonzero(np.diff(np.r_[False, which, False]))
+    return ", ".join(f"{a}-{b - 1}" for a, b in zip(at[::2], at[1::2]))
 
 def _sizes(lay: Layout) -> dict[str, int]:
     "The sizes that may grow, heads counted."
@@ -227,9 +239,8 @@ def width(source: Checkpoint,             # the small model
     rows = [_row(g, old.tensors[n], tied) for n in source.names]
     was, now, doubts = _sizes(old), _sizes(new), _doubts(g)
     notes = dict(method=method, exact=not doubts, why=doubts, sizes={k: [was[k], now[k]] for k in now if was[k] != now[k]},
-                 new={k: [int(i) for i in np.flatnonzero(again(a.out % a.n) if (a.out >= 0).all() else a.out < 0)]
-                      for k, a in g.maps.items() if k != "copies"},
-                 maps={k: sorted({n for r in rows for n in r.arrays.values() if n.startswith("map.")}) for k in ["arrays"]})
+                 new={k: _ranges(again(a.out % a.n) if (a.out >= 0).all() else a.out < 0) for k, a in g.maps.items() if k != "copies"},
+                 maps=[k for k in g.arrays if k.startswith("map.")])
     about = {"source": dict(name=source.name, architecture=source.architecture)}
     return Plan("width", new.config, new.architecture, rows, g.arrays, about, {}, seed, source.generation, source.untied,
                 str(source.dtype(source.names[0])).removeprefix("torch."), notes)
