@@ -53,7 +53,7 @@ def main() -> None:
         watched(__file__, "child", source, o.method, kept)
         files = sorted(kept.glob("*.safetensors"))
         for i in range(o.rounds):
-            row = dict(round=i, method=o.method, source_GB=(source/"model.safetensors").stat().st_size/1e9, GB=sum(f.stat().st_size for f in files)/1e9)
+            row = dict(round=i, method=o.method, hidden=o.hidden, layers=o.layers, GB=sum(f.stat().st_size for f in files)/1e9)
             for side in ("cp", "seqwarm") if i % 2 else ("seqwarm", "cp"):
                 subprocess.run(["sync"], check=True)
                 row |= copied(files, out) if side == "cp" else watched(__file__, "child", source, o.method, out)
@@ -61,7 +61,7 @@ def main() -> None:
             row |= dict(ratio=row["cp_s"]/row["write_s"], load=os.getloadavg()[0], cores=os.cpu_count(), threads=torch.get_num_threads())
             rows.append({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}); print(rows[-1], flush=True)
     table = pd.DataFrame(rows)
-    print(f"{table.ratio.median():.2f} of cp's bytes a second (at least {table.ratio.min():.2f}), anonymous memory up to {table.peak_anon_GB.max():.2f} GB")
+    print(f"{table.ratio.median():.2f} of cp's bytes a second, at least {table.ratio.min():.2f}; up to {table.peak_anon_GB.max():.2f} GB")
     if o.out: table.to_csv(o.out, mode="a", header=not Path(o.out).exists(), index=False)
 
 if __name__ == "__main__": main()

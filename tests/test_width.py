@@ -39,15 +39,17 @@ def promises(case: Case) -> dict[str, tuple[dict, str]]:
     pre = k in PRE and c.get("do_layer_norm_before", True) or case.architecture == "XLMRobertaXLForTokenClassification"
     heads = 6 if c.get("num_attention_heads") == 4 else 3
     heads = dict(heads=heads, hidden=None if D % heads == 0 else 2*D)
-    return {"ffn": (dict(ffn=4*D + 13), REFUSED if k == "bloom" else EXACT),
-            "ffn silent": (dict(ffn=4*D + 13, method="zero"), REFUSED if k == "bloom" else EXACT),
-            "heads": (heads, (CHANGED if k == "olmo2" else EXACT) if k in FREE else REFUSED),
-            "twice": (dict(hidden=2*D), EXACT), "three times": (dict(hidden=3*D), EXACT),
-            "half more": (dict(hidden=D + D//2), CHANGED),
-            "half more, lemon": (dict(hidden=D + D//2, method="lemon") | head, EXACT if pre else REFUSED),
-            "twice, lemon": (dict(hidden=2*D, method="lemon"), EXACT if pre else REFUSED),
-            "half more, silent": (dict(hidden=D + D//2, method="zero") | head, EXACT if k in RMS else REFUSED),
-            "twice, aki": (dict(hidden=2*D, method="aki"), CHANGED)}
+    found = {"ffn": (dict(ffn=4*D + 13), REFUSED if k == "bloom" else EXACT),
+             "ffn silent": (dict(ffn=4*D + 13, method="zero"), REFUSED if k == "bloom" else EXACT),
+             "heads": (heads, (CHANGED if k == "olmo2" else EXACT) if k in FREE else REFUSED),
+             "twice": (dict(hidden=2*D), EXACT), "three times": (dict(hidden=3*D), EXACT),
+             "half more": (dict(hidden=D + D//2), CHANGED),
+             "half more, lemon": (dict(hidden=D + D//2, method="lemon") | head, EXACT if pre else REFUSED),
+             "twice, lemon": (dict(hidden=2*D, method="lemon"), EXACT if pre else REFUSED),
+             "half more, silent": (dict(hidden=D + D//2, method="zero") | head, EXACT if k in RMS else REFUSED),
+             "twice, aki": (dict(hidden=2*D, method="aki"), CHANGED)}
+    if case.tied and not c and not case.architecture: return found
+    return {name: found[name] for name in ("twice", "half more, lemon", *(["heads", "ffn"] if c else []))}      # what a head or a config changes
 
 def plain(m):
     "The same model with all of its arithmetic in float64: RMS norms compute in float32, and Gemma's embeddings hold their factor so."

@@ -194,7 +194,7 @@ def _ready(self: Plan, r: Row, sources: Mapping[str, Any]) -> Callable[..., torc
     def make(rows: slice | None = None) -> torch.Tensor:
         want = shape if rows is None else (rows.stop - rows.start, *shape[1:])
         with torch.no_grad(): out = f(*tensors, **given, **({} if rows is None else {"rows": rows}))
-        if tuple(out.shape) != want: raise Refusal(f"{r.op} made {r.target} of the shape {tuple(out.shape)} and not {want}", "mend the plan")
+        if (got := tuple(out.shape)) != want: raise Refusal(f"{r.op} made {r.target} of the shape {got} and not {want}", "mend the plan")
         return out.to(tensors[0].dtype if tensors else getattr(torch, self.dtype)).contiguous()
     return make
 

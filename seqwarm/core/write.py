@@ -70,7 +70,8 @@ def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int | None
     "The tensor of a row, finite, in parts where its operation allows it."
     for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers or _BLOCK):
         if not finite(x):
-            raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
+            raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}",
+                          "choose another operation")
         yield x
 
 class _Ahead:
@@ -87,7 +88,7 @@ class _Ahead:
         left = max(size, 1)      # an empty tensor is a part, too
         while left > 0:
             x = self.next.result(); self._begin()
-            if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans, not of the user
+            if x.dtype != dtype: raise RuntimeError(f"{row.target} became {x.dtype} instead of {dtype}")   # a defect of plans
             yield x
             left -= max(x.numel(), 1)
 
@@ -140,7 +141,8 @@ def _weights(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dty
     ahead = _Ahead(plan, sources, [r for f in files for r, _ in f if not _streams(r, sources)])
     try:
         with tqdm(total=total, desc="writing", unit="B", unit_scale=True, delay=1, mininterval=0.5, disable=not shown) as bar:
-            done = [_store(folder/name, chain([head], *(_bytes(r, plan.layout.tensors[r.target].size, sources, ahead, dtypes[r.target], rooms) for r, _ in f)), beside, bar)
+            numbers = lambda r: _bytes(r, plan.layout.tensors[r.target].size, sources, ahead, dtypes[r.target], rooms)
+            done = [_store(folder/name, chain([head], *(numbers(r) for r, _ in f)), beside, bar)
                     for name, head, f in zip(_names(len(files)), heads, files)]
     finally: ahead.pool.shutdown(wait=False, cancel_futures=True)   # after an error nobody waits for what is being computed
     return [h for h, _ in done], [there for _, there in done]
