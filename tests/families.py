@@ -91,6 +91,8 @@ def _deberta(D): return _layers(D, relative_attention=True, position_biased_inpu
 def _t5(D, **kw): return dict(d_model=D, d_kv=6, d_ff=D + 17, num_layers=2, num_decoder_layers=2, num_heads=2) | kw
 def _bart(D): return dict(d_model=D, max_position_embeddings=40) | {f"{s}_{k}": v for s in ("encoder", "decoder") for k, v in (("layers", 2), ("ffn_dim", D + 17), ("attention_heads", 2))}
 
+def _switch(D): return _t5(D) | dict(num_experts=3, num_sparse_encoder_layers=1, num_sparse_decoder_layers=2)
+
 CAUSAL, MASKED, SEQ2SEQ = "ForCausalLM", "ForMaskedLM", "ForConditionalGeneration"
 AUTO = {CAUSAL: hf.AutoModelForCausalLM, MASKED: hf.AutoModelForMaskedLM, SEQ2SEQ: hf.AutoModelForSeq2SeqLM}
 FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, sizes, tokenizer, and the family whose helper it gets
@@ -104,6 +106,10 @@ FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, s
     "gemma2": ("Gemma2ForCausalLM", lambda D: _llama(D, head_dim=D//2), "gemma", "olmo2"),
     "gemma3_text": ("Gemma3ForCausalLM", lambda D: _llama(D, head_dim=D//2), "gemma", "xlm-roberta"),
     "olmo2": ("Olmo2ForCausalLM", _llama, "olmo", "qwen2"),
+    "mixtral": ("MixtralForCausalLM", lambda D: _llama(D, num_local_experts=3, intermediate_size=D + 16), "llama", "qwen3_moe"),
+    "qwen2_moe": ("Qwen2MoeForCausalLM", lambda D: _llama(D, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=D - 8, shared_expert_intermediate_size=D), "qwen", "t5"),
+    "qwen3_moe": ("Qwen3MoeForCausalLM", lambda D: _llama(D, head_dim=D//2, num_experts=3, num_experts_per_tok=2, moe_intermediate_size=D - 8, decoder_sparse_step=2), "qwen", "mixtral"),
+    "olmoe": ("OlmoeForCausalLM", lambda D: _llama(D, num_experts=3, num_experts_per_tok=2, intermediate_size=D + 16), "olmo", "gpt2"),
     "bert": ("BertForMaskedLM", _layers, "bert", "roberta"),
     "roberta": ("RobertaForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "roberta", "bert"),
     "xlm-roberta": ("XLMRobertaForMaskedLM", lambda D: _layers(D, type_vocab_size=1), "xlmr", "modernbert"),
@@ -115,6 +121,7 @@ FAMILIES: dict[str, tuple[str, Callable, str, str]] = {   # model type: class, s
     "modernbert": ("ModernBertForMaskedLM", lambda D: _layers(D, num_hidden_layers=3), "modernbert", "deberta-v2"),
     "t5": ("T5ForConditionalGeneration", _t5, "t5", "bart"),
     "mt5": ("MT5ForConditionalGeneration", lambda D: _t5(D, feed_forward_proj="gated-gelu"), "t5", "bert"),
+    "switch_transformers": ("SwitchTransformersForConditionalGeneration", _switch, "t5", "bart"),
     "bart": ("BartForConditionalGeneration", _bart, "roberta", "t5"),
     "blenderbot": ("BlenderbotForConditionalGeneration", _bart, "blenderbot", "xlm-roberta-xl"),
     "mbart": ("MBartForConditionalGeneration", _bart, "mbart", "xlm-roberta")}
@@ -142,7 +149,7 @@ def model(kind: str, width: int, german: bool, tied: bool = True, seed: int = 0,
 
 def _decoder(kind: str, tok) -> dict:
     "The ids with which a decoder begins and ends, as the family's checkpoints have them."
-    if kind in ("t5", "mt5"): return dict(decoder_start_token_id=tok.pad_token_id)
+    if kind in ("t5", "mt5", "switch_transformers"): return dict(decoder_start_token_id=tok.pad_token_id)
     if kind == "bart": return dict(decoder_start_token_id=tok.eos_token_id, forced_bos_token_id=tok.bos_token_id, forced_eos_token_id=tok.eos_token_id)
     if kind == "blenderbot": return dict(decoder_start_token_id=tok.bos_token_id, forced_eos_token_id=tok.eos_token_id)
     return dict(decoder_start_token_id=tok.convert_tokens_to_ids("en_XX"), forced_eos_token_id=tok.eos_token_id)
@@ -220,8 +227,8 @@ def body(x: Made):
         old, new = x.old, x.new
         if dtype != torch.float32:
             part = x.home/str(dtype)
-            m = model(x.case.kind, 24, False, x.case.tied, seed=3).to(dtype)
-            old, new = {n: t for n, t in m.state_dict().items() if n in old}, load_file(x.again(_save(part, m, x.theirs), name=f"{dtype}-out")/"model.safetensors")
+            _save(part, model(x.case.kind, 24, False, x.case.tied, seed=3).to(dtype), x.theirs)
+            old, new = (load_file(f/"model.safetensors") for f in (part, x.again(part, name=f"{dtype}-out")))
             assert json.loads((x.home/f"{dtype}-out"/"config.json").read_text())["dtype"] == str(dtype).removeprefix("torch.")
         assert set(new) == set(old)
         for n, t in old.items():
@@ -296,7 +303,7 @@ def ids(x: Made):
     elif getattr(x.big.get_input_embeddings(), "padding_idx", None) is not None: assert pad == m.config.pad_token_id
     if x.case.task == SEQ2SEQ:
         start, by = getattr(m.generation_config, "decoder_start_token_id", None) or m.config.to_dict().get("decoder_start_token_id"), x.ours
-        assert start == {"t5": by.pad_token_id, "mt5": by.pad_token_id, "bart": by.eos_token_id or by.sep_token_id, "mbart": by.bos_token_id,
+        assert start == {"t5": by.pad_token_id, "mt5": by.pad_token_id, "switch_transformers": by.pad_token_id, "bart": by.eos_token_id or by.sep_token_id, "mbart": by.bos_token_id,
                          "blenderbot": by.bos_token_id}[x.case.kind]
         assert m.config.pad_token_id == by.pad_token_id is not None
         if "bart" in x.case.kind or x.case.kind == "blenderbot": assert m.generation_config.forced_eos_token_id == by.eos_token_id
@@ -305,10 +312,11 @@ STRAYS = {  # what old versions stored, by family
     "gpt2": ["transformer.h.0.attn.bias", "h.1.attn.masked_bias"], "bloom": ["h.1.self_attention.scale_mask_softmax.causal_mask"],
     "opt": ["decoder.version"], "roberta-prelayernorm": ["roberta_prelayernorm.embeddings.position_ids"], "xlm-roberta-xl": ["roberta.embeddings.position_ids"],
     "t5": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"], "mt5": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"],
+    "switch_transformers": ["decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"],
     "deberta-v2": ["deberta.embeddings.position_ids"], "modernbert": []}
 for _k in ("bart", "mbart", "blenderbot"): STRAYS[_k] = ["model.encoder.version", "model.decoder.version"]
 for _k in ("bert", "roberta", "xlm-roberta", "electra", "mpnet"): STRAYS[_k] = [f"{_k.replace('xlm-', '')}.embeddings.position_ids"]
-for _k in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2"): STRAYS[_k] = ["model.layers.1.self_attn.rotary_emb.inv_freq"]
+for _k in ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "mixtral", "qwen2_moe", "qwen3_moe", "olmoe"): STRAYS[_k] = ["model.layers.1.self_attn.rotary_emb.inv_freq"]
 
 def on_the_hub(x: Made) -> dict[str, dict]:
     "The source as it may lie on the hub: what -> tensors by name."
@@ -318,7 +326,8 @@ def on_the_hub(x: Made) -> dict[str, dict]:
         legacy = lambda n: n.replace(".LayerNorm.weight", ".LayerNorm.gamma").replace(".LayerNorm.bias", ".LayerNorm.beta")
         found["gamma and beta"] = {legacy(n): t for n, t in x.old.items()}
     if STRAYS[x.case.kind]: found["strays"] = x.old | {n: torch.ones(1, 3) for n in STRAYS[x.case.kind]}
-    if x.case.tied: found["copies of what is tied"] = {n: t.clone() for n, t in x.big.state_dict().items()}
+    tied = {n for n, t in Checkpoint(x.source).layout.tensors.items() if t.tied}
+    if x.case.tied: found["copies of what is tied"] = x.old | {n: t.clone() for n, t in x.big.state_dict().items() if n in tied}
     found["shards"] = dict(x.old)
     return found
 

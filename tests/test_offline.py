@@ -1,5 +1,6 @@
 """METRO's auxiliary, run once: what it proposes is kept, found again, drawn from at any temperature, and paid once."""
-import json, math
+import json, math, os, random, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
 import pytest
@@ -13,10 +14,10 @@ from seqwarm.core.stages import Chain, Stage, optimizer
 from seqwarm.core.train import _Loop, train
 from seqwarm.core.vocab import train_tokenizer
 from seqwarm.methods import offline as module
-from seqwarm.methods.metro import _pass, _text, pair
+from seqwarm.methods.metro import _text, pair
 from seqwarm.methods.offline import Kept, Offline, propose, taken
 import train_metro
-from train_small import equal, given, weights
+from train_small import equal, forked, given, weights
 
 NAME = "metro?rate=0.3&heat=2&tau=0.5"
 SIZES = dict(batch=4, sequences=8)
@@ -66,7 +67,7 @@ def test_all_tokens_kept_are_the_frozen_auxiliary_itself(data, auxiliary, kept, 
     for name in (NAME, "metro?rate=0.3", "metro?rate=0.3&heat=0.5&tau=1"):
         frozen, other = pair(train_metro.mlm(data["tokenizer"]), auxiliary=auxiliary).eval(), offline(data, kept[0]).eval()
         for x in batches(data, auxiliary, name):
-            (one, _, filled, *_), (two, _, again, *_) = _pass(frozen, x), _pass(other, x)
+            (one, _, filled, *_), (two, _, again, *_) = frozen.seen(x), other.seen(x)
             assert torch.equal(filled, again) and torch.allclose(one, two, rtol=1e-5) and (filled != _text(0, **x).ids).any()
     other, frozen = run(other, data, folder/"equal"), run(frozen, data, folder/"equal")
     for column in ("train", "loss", "aux", "rtd", "clm", "auc", "recall", "precision", "replaced", "over_base", "spread", "lr", "tokens"):
@@ -107,7 +108,7 @@ def test_a_lucky_sample_is_original(data, auxiliary, kept):
     made = offline(data, kept[1]).eval(); x = batches(data, auxiliary)[0]; t = _text(0, **x)
     sure = t.ids.flatten()[t.at][:, None]      # a table that is sure of what stood there
     made.kept = SimpleNamespace(read=lambda _: (sure, torch.zeros(sure.shape), torch.zeros(len(sure))))
-    assert torch.equal(_pass(made, x)[2], t.ids) and made.read(made.tally(**x))["replaced"] == 0
+    assert torch.equal(made.seen(x)[2], t.ids) and made.read(made.tally(**x))["replaced"] == 0
 
 
 # ---------------------------------------------------------------- the table
@@ -158,20 +159,36 @@ def test_an_address_is_all_that_the_table_depends_on(data, auxiliary, kept, fold
     again, six = run(offline(data, kept[1], 0.1), data, folder/"calm", parents=(kept[1].card,)), run(offline(data, others[0], 0.1), data, folder/"calm", parents=(kept[1].card,))
     assert again.path == calm.path != six.path
 
-def test_a_filling_that_is_killed_begins_again(data, auxiliary, kept, folder, monkeypatch):
-    ask, calls = module._ask, []
+@pytest.mark.parametrize("hard", [False, True], ids=["interrupted", "killed"])
+def test_a_filling_that_is_stopped_goes_on(data, auxiliary, kept, folder, monkeypatch, hard):
+    "To the same bytes, and asks nothing twice: interrupted anywhere, or killed, which costs what is not yet in the book."
+    ask, calls, store = module._ask, [], folder/f"stopped-{hard}"
     def struck(*args):
         calls.append(1)
-        if len(calls) == 3: raise KeyboardInterrupt
+        if len(calls) == 4: os._exit(9) if hard else exec("raise KeyboardInterrupt")
         return ask(*args)
+    call = lambda: propose(auxiliary, stages=stages(), store=store, **data, **SIZES, k=5)
     monkeypatch.setattr(module, "_ask", struck)
-    call = lambda: propose(auxiliary, stages=stages(), store=folder/"killed", **data, **SIZES, k=5)
-    with pytest.raises(KeyboardInterrupt): call()
-    assert not list((folder/"killed").rglob("*.npy"))
-    litter = folder/"killed"/f"proposals-{kept[1].told['address']}"/".table.x.part"; litter.mkdir(parents=True)   # as a kill -9 leaves it
-    table = call()
-    assert not litter.exists() and len(calls) > 6
-    for f in module._FILES: assert (table.folder/f"{f}.npy").read_bytes() == (kept[1].folder/f"{f}.npy").read_bytes()
+    if hard:
+        monkeypatch.setattr(module, "_OFTEN", -1)      # a note after each batch
+        os.waitpid(forked(call), 0)
+    else:
+        with pytest.raises(KeyboardInterrupt): call()
+    [at] = store.glob("proposals-*"); assert json.loads((at/"book.json").read_text())["batches"] == 3 and not (at/"table").exists()
+    calls[:] = [1]*9; table = call()
+    assert len(calls) == 9 + kept[1].told["batches"] - 3 and sorted(f.name for f in at.iterdir()) == [".lock", "table"]
+    for f in [f"{n}.npy" for n in module._FILES] + ["told.json"]: assert (table.folder/f).read_bytes() == (kept[1].folder/f).read_bytes(), f
+    assert {f.name for f in table.folder.iterdir()} == {f.name for f in kept[1].folder.iterdir()} and table.card.cost["flops"] == kept[1].card.cost["flops"]
+
+def test_two_ranks_have_the_table_and_the_training_of_one(folder):
+    one = train_metro.offline(str(folder), str(folder/"lone"))
+    subprocess.run([sys.executable, Path(train_metro.__file__), folder, folder/"ranks", str(random.randint(20000, 60000)), "offline"],
+                   check=True, env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}, capture_output=True)
+    [mine], [theirs] = ((folder/w).glob("proposals-*/table") for w in ("lone", "ranks"))
+    assert mine.parent.name == theirs.parent.name and not list((folder/"ranks").rglob("*.part")) and not list((folder/"ranks").rglob("book.json"))
+    for f in [f"{n}.npy" for n in module._FILES] + ["told.json"]: assert (mine/f).read_bytes() == (theirs/f).read_bytes(), f
+    [history] = (folder/"ranks").glob("*/history.json"); rows = json.loads(history.read_text())
+    for k in ("loss", "aux", "rtd", "clm", "spread"): assert np.allclose([r[k] for r in rows], one.history[k], rtol=1e-5), k
 
 
 # ---------------------------------------------------------------- training

@@ -38,7 +38,7 @@ def test_copying_is_a_plain_loop_over_probabilities(kind, rows):
     "In float64, token by token; and the simplified loss is read out of the same logits."
     made = full(kind); x, ids = batch("apart" if rows == "apart" else "whole", model=made.main)
     if rows == "padded": x = padded(x)
-    sums, text, filled, _, _ = metro._pass(made, x)
+    sums, text, filled, _, _ = made.seen(x)
     slow = deepcopy(made).double(); gate = slow.signals["copying"].gate
     places = text.places + family(made.config.model_type).first_position(made.config.pad_token_id)
     given = dict(input_ids=filled, attention_mask=text.mask, position_ids=places)
@@ -109,7 +109,7 @@ def test_contrast_is_a_plain_loop(kind, rows):
     made = pair(mlm(kind), signals=[Contrast(share=0.7, temperature=0.3)]).eval()
     x, ids = batch("apart" if rows == "apart" else "whole", model=made.main)
     if rows == "padded": x = padded(x)
-    sums, _, filled, _, _ = metro._pass(made, x)
+    sums, _, filled, _, _ = made.seen(x)
     total, n = plain_contrast(made, x, ids, filled, 0.7, 0.3)
     assert sums[3].item() == pytest.approx(total, rel=1e-4) and made.counts(x)[3] == n == (4 if rows == "padded" else 5)
 

@@ -64,7 +64,7 @@ def plain(m):
 def logits(m):
     "Of three rows, one of them padded."
     g = torch.Generator().manual_seed(0)
-    x, y = (torch.randint(6, 90, (3, n), generator=g) for n in (9, 5))
+    x, y = (torch.randint(6, m.config.vocab_size, (3, n), generator=g) for n in (9, 5))
     mask = torch.ones_like(x); mask[1, 6:] = 0
     out = m(input_ids=x, attention_mask=mask, **({"decoder_input_ids": y} if m.config.is_encoder_decoder else {}))
     return out.logits if "logits" in out else out.prediction_logits
@@ -82,8 +82,6 @@ def test_what_is_promised_holds(case, tmp_path):
             continue
         plan = width(small, **ask)
         assert plan.notes["exact"] == (what == EXACT) and bool(plan.notes["why"]) == (what == CHANGED), name
-        for r in plan.rows:
-            assert torch.equal(torch.cat(list(plan.blocks(r.target, {"source": small}, 100))), plan.make(r.target, {"source": small})), r.target
         big = load(write(plan, {"source": small}, tmp_path/name)) if "lemon" in name else build(plan, {"source": small})
         if what == EXACT: assert apart(library, logits(big)) < 1e-5, name
         far = apart(exact, logits(plain(big)))
@@ -94,12 +92,14 @@ def small(tmp, kind="llama", dtype=torch.float32, **more):
     model(kind, D, False, False, 3, **more).to(dtype).save_pretrained(tmp/kind)
     return Checkpoint(tmp/kind)
 
-def test_written_and_built_are_the_same_numbers(tmp_path):
-    c = small(tmp_path, dtype=torch.bfloat16)
-    for method in ("fpi", "aki", "lemon", "zero"):
-        plan = width(c, method, hidden=2*D, seed=5)
-        out, built = write(plan, {"source": c}, tmp_path/method, shard=20_000), build(plan, {"source": c}).state_dict()
-        assert all(torch.equal(out.read(n), built[n]) and out.dtype(n) == torch.bfloat16 for n in out.names)
+@pytest.mark.parametrize("kind,method", [("llama", "fpi"), ("llama", "aki"), ("t5", "zero"), ("gpt2", "lemon"), ("bloom", "fpi"), ("deberta-v2", "fpi")])
+def test_the_numbers_do_not_depend_on_how_they_are_made(tmp_path, monkeypatch, kind, method):
+    c = small(tmp_path, kind, torch.bfloat16, **({"conv_kernel_size": 3} if kind == "deberta-v2" else {}))
+    plan = width(c, method, hidden=2*D, seed=5)
+    monkeypatch.setattr("seqwarm.core.write._BLOCK", 200)    # numbers: a few rows
+    out = write(plan, {"source": c}, tmp_path/method, shard=20_000)
+    for n in out.names: assert torch.equal(out.read(n), plan.make(n, {"source": c})) and out.dtype(n) == torch.bfloat16
+    if kind == "llama":
         again = width(c, method, hidden=2*D, seed=5)
         assert again.fingerprint == plan.fingerprint != width(c, method, hidden=2*D, seed=6).fingerprint
 

@@ -61,5 +61,6 @@ def shrink(model: PreTrainedModel,           # fresh, of any family with a layou
            ) -> PreTrainedModel:             # itself
     "Scale what writes into the residual stream by (2L)^-1/2, L layers a stack."
     lay, named = layout(model.config, type(model).__name__), dict(model.named_parameters())
-    for t in (t for role in ("attn.o", "ffn.down") for t in lay.find(role)): named[t.name].mul_((2*lay.layers[t.stack])**-0.5)
+    stacks = {lay.table.parameter(t.name): t.stack for role in ("attn.o", "ffn.down") for t in lay.find(role)}   # experts lie in one
+    for name, stack in stacks.items(): named[name].mul_((2*lay.layers[stack])**-0.5)
     return model

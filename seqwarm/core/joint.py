@@ -53,6 +53,7 @@ def joint(architecture: str,                                # class of the modul
         works[stack] = replace(part, tensors={n: t for n, t in whole.items() if not t.role.startswith((idle or {}).get(stack, "-"))})
     below = lambda s: {n: t for n, t in works[s].tensors.items() if n not in lone and not t.role.startswith(("head", "pooler"))}
     bodies = tuple((s, replace(works[s], tensors=below(s)), share) for s, share in again)
-    table = Family(architecture.lower(), {}, "", {}, dict, lambda _: {s: p.norms() for s, p in parts.items()}, "")
+    table = Family(architecture.lower(), {}, "", {}, dict, lambda _: {s: p.norms() for s, p in parts.items()}, "",
+                   memory={k: v for p in parts.values() for k, v in p.table.memory.items()})
     return Joint(table.name, {s: p.config for s, p in parts.items()}, architecture, tensors, sizes, table, works, lone,
                  tuple(everywhere), bodies, tuple(objectives))

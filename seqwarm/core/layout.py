@@ -27,6 +27,7 @@ class Tensor:
     tied: str | None = None        # the tensor whose storage it shares; it is then not written
     out: int | None = None         # the axis that comes out of the multiplication; None where nothing is multiplied
     optional: bool = False         # a checkpoint may lack it
+    expert: int | None = None      # which of its layer's experts it belongs to; None: every token meets it
 
     @property
     def size(self) -> int:
@@ -68,18 +69,23 @@ class Family:
     models: dict[str, str]                      # model_type -> how its classes begin; 'Gemma3 Gemma3Text' if the base model's differs
     prefix: str                                 # what stands before the base model's tensors in models with a head
     parts: dict[str, str]                       # class, without its beginning -> its parts; 'Model' is the base model
-    read: Callable[[dict], dict[str, Any]]      # config -> sizes (int) and conditions (bool)
+    read: Callable[[dict], dict[str, Any]]      # config -> sizes (int), conditions (bool, or frozenset of layers)
     norm: str | Callable[[dict], str | dict[str, str]]   # where norms stand, see below; by config or stack where these differ
     table: str
     strays: str = r"position_ids|token_type_ids"  # ends of names that are stored by old versions and mean nothing
     begin: int | None = 0                       # the first of the model's `position_ids`; None: the one behind the padding id
     packs: bool = True                          # whether `forward` takes a mask [B, 1, S, S], so that documents in a row stay apart
+    memory: dict[str, str] = field(default_factory=dict)  # pattern of names in files -> the parameter's, where that is another
     halves: Callable[[dict], dict[str, tuple[dict, str]]] | None = None   # config -> {stack: (config, class)} of the models inside
 
     def architectures(self, model_type: str) -> dict[str, str]:
         "The classes of a model type that the table explains, and what their names end in."
         names = self.models[model_type].split()
         return {names[-1 if end == "Model" else 0] + end: end for end in self.parts}
+    def parameter(self, name: str) -> str:
+        "The parameter of a living model that holds a tensor of files; several may lie in one."
+        for pattern, held in self.memory.items(): name = re.sub(pattern, held, name)
+        return name
     def first_position(self, pad: int | None) -> int:
         "The `position_ids` of a text's first token, if padding has this id."
         return (pad or 0) + 1 if self.begin is None else self.begin
@@ -88,34 +94,42 @@ class Family:
 def _size(axis: str, stack: str, sizes: dict[str, int]) -> int:
     return sum(sizes.get(f"{stack}.{a}", sizes.get(a)) if a != "one" else 1 for a in re.split(r"[+&]", axis))
 
-def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None]]:
-    "Each row with each layer it stands in; None for rows outside the layers."
+def _places(rows: list[_Row], sizes: dict[str, int]) -> Iterator[tuple[_Row, int | None, int | None]]:
+    "Each row with each layer and expert it stands in; None for rows outside the layers, and for what all tokens meet."
     i = 0
     while i < len(rows):
         j = i
         while j < len(rows) and "{" in rows[j].name and rows[j].stack == rows[i].stack: j += 1
-        if i == j: yield rows[i], None; i += 1; continue
+        if i == j: yield rows[i], None, None; i += 1; continue
         for layer in range(_size("layers", rows[i].stack, sizes)):
-            yield from ((r, layer) for r in rows[i:j] if ("{1..}" if layer == 0 else "{0}") not in r.name)
+            here = [r for r in rows[i:j] if ("{1..}" if layer == 0 else "{0}") not in r.name]
+            yield from ((r, layer, e) for r in here for e in (range(_size("experts", r.stack, sizes)) if "{E}" in r.name else (None,)))
         i = j
+
+def _holds(row: _Row, true: dict[str, bool | frozenset], layer: int | None) -> bool:
+    "Whether a row's conditions hold; those that hold in some layers are asked in a layer alone."
+    said = [(w[0] != "!", true.get(f"{row.stack}.{w.lstrip('!')}", true.get(w.lstrip("!"), False))) for w in row.when]
+    return all((layer in fact if isinstance(fact, frozenset) else fact) == wanted
+               for wanted, fact in said if layer is not None or not isinstance(fact, frozenset))
 
 # %% ../../nbs/core/05_layout.ipynb #77a03d9e
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     tensors, sizes = _halves(family, config)
     facts = family.read(config)
-    sizes |= {k: v for k, v in facts.items() if not isinstance(v, bool)}
+    true = {k: v for k, v in facts.items() if isinstance(v, (bool, frozenset))}
+    sizes |= {k: v for k, v in facts.items() if k not in true}
     end = family.architectures(config["model_type"])[architecture]
-    true = {k for k, v in facts.items() if v is True} | set(family.parts[end].split())
+    true |= dict.fromkeys(family.parts[end].split(), True)
     dot = "" if end == "Model" or not family.prefix else family.prefix + "."
     full = lambda name: dot + name[1:] if name.startswith(".") else name
     tied = config.get("tie_word_embeddings", True)
-    rows = [r for r in _rows(family.table) if all((w[1:] not in true) if w[0] == "!" else w in true for w in r.when)]
-    for row, layer in _places(rows, sizes):
-        name = full(re.sub(r"\{.*?\}", str(layer), row.name))
+    for row, layer, expert in _places([r for r in _rows(family.table) if _holds(r, true, None)], sizes):
+        if layer is not None and not _holds(row, true, layer): continue
+        name = full(re.sub(r"\{.*?\}", str(layer), row.name.replace("{E}", str(expert))))
         shape = tuple(_size(a, row.stack, sizes) for a in row.axes)
         tie = full(row.tie) if row.tie and tied else None
-        tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional)
+        tensors[name] = Tensor(name, row.role, row.stack, layer, row.axes, shape, tie, row.out, row.optional, expert)
     return _mix(tensors, sizes, config, f"{dot}decoder.mix")
 
 def _mix(tensors: dict[str, Tensor], sizes: dict[str, int], config: dict, name: str) -> tuple[dict[str, Tensor], dict[str, int]]:

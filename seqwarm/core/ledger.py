@@ -8,6 +8,7 @@ __all__ = ['Frozen', 'flops', 'describe', 'units', 'Cost', 'lineage', 'crossing'
 # %% ../../nbs/core/70_ledger.ipynb #51bb0bc5
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from fractions import Fraction
 from functools import partial
 from math import isfinite
 from typing import Any
@@ -21,6 +22,10 @@ def _tokens(t: Tensor, source: int, target: int | None, asked: int) -> int:
     if t.role.startswith("pooler"): return 1
     if t.stack == "decoder" and t.role not in ("cross.k", "cross.v", "cross.project"): return target
     return target if t.role == "head" and target else asked if t.role.startswith("head") else source
+
+def _share(layout: Layout, t: Tensor) -> int | Fraction:
+    "Of the tokens that pass, the share that meets a tensor: of E experts, k."
+    return 1 if t.expert is None else Fraction(layout.size("top_k", t.stack), layout.size("experts", t.stack))
 
 def _attentions(layout: Layout, source: int, target: int | None) -> dict[tuple[str, str], int]:
     "(stack, 'attn' or 'cross') -> FLOPs of the scores in one layer and one sequence; the weighted values take as many."
@@ -60,7 +65,7 @@ class _Walk:
         "One product; `x` and the answer tell whether what goes in and what comes out require a gradient."
         for t in self.place.get((stack, layer), ()):
             if t.role == role and t.out is not None:
-                n = 2 * t.size * _tokens(t, self.source, self.target, self.asked)
+                n = 2 * t.size * _tokens(t, self.source, self.target, self.asked) * _share(self.layout, t)
                 self.forward[role] = self.forward.get(role, 0) + n
                 self.backward += n * (x + self.awake(t))
         return x or self.trained([role], stack, layer)
@@ -91,6 +96,14 @@ def _bottom(w: _Walk, stack: str) -> bool:
     narrow = any(t.role.removesuffix(".bias") in roles and t.axes[-1] == "embed" and w.awake(t) for t in w.place.get((stack, None), ()))
     return w.matrix("embed.project", stack, None, narrow) or w.trained(roles, stack)
 
+def _feed_forward(w: _Walk, stack: str, layer: int, h: bool) -> bool:
+    "One feed-forward net, or experts, their router, and what all tokens meet beside them."
+    y = w.matrix("router", stack, layer, h) | w.matrix("ffn.shared.router", stack, layer, h)
+    for net in ("ffn", "ffn.shared"):
+        up, gate, both = (w.matrix(f"{net}.{r}", stack, layer, h) for r in ("up", "gate", "gate_up"))
+        y |= w.matrix(f"{net}.down", stack, layer, up or gate or both)
+    return y
+
 def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
     "All layers of a stack; tells whether its output requires a gradient. `below`: whether the encoder's output does."
     lay, pre = w.layout, w.layout.norms(stack) != "post"
@@ -104,9 +117,7 @@ def _stack(w: _Walk, stack: str, below: bool = False) -> bool:
             h = x or (pre and norm)
             if block == "cross": y = _attention(w, block, stack, layer, h, below, costs[stack, block], False)
             elif block == "attn": y = _attention(w, block, stack, layer, h, h, costs[stack, block], bias)
-            else:
-                up, gate, both = (w.matrix(r, stack, layer, h) for r in ("ffn.up", "ffn.gate", "ffn.gate_up"))
-                y = w.matrix("ffn.down", stack, layer, up or gate or both)
+            else: y = _feed_forward(w, stack, layer, h)
             x = x or y or out or (not pre and norm)
         if layer == 0: x = w.matrix("conv", stack, None, below_all) or x or w.trained(["conv.norm"], stack)
     return w.matrix("head.project", stack, None, x or w.trained(["norm.final"], stack))
@@ -159,17 +170,18 @@ def flops(layout: Layout,
         return (sum(one(s, part, source, None if s in layout.everywhere else asked) for s, part in layout.parts.items())
                 + sum(one(s, body, portion(share, source), None) for s, body, share in layout.again))
     w = _walk(layout, source, target, frozen, encoder, asked)
-    return sum(w.forward.values()) + w.backward * train
+    return int(sum(w.forward.values()) + w.backward * train)
 
 # %% ../../nbs/core/70_ledger.ipynb #882be408
 def describe(layout: Layout,
              source: int = 512,             # S at which attention is counted
              target: int | None = None,     # T, by default S where there is a decoder
-             ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token)
+             ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token);
+                                            # where there are experts also active
     "The layout by role, with parameters and FLOPs a token."
     import pandas as pd
     target = target or (source if "decoder" in layout.layers else None)
-    rows, costs = {}, _attentions(layout, source, target)
+    rows, costs, sparse = {}, _attentions(layout, source, target), any(t.expert is not None for t in layout.tensors.values())
     _lengths(layout, source, target)
     for t in layout.tensors.values():
         axes, shape, tied = " x ".join(t.axes), " x ".join(map(str, t.shape)), layout.storage(t).name if t.tied else ""
@@ -178,7 +190,8 @@ def describe(layout: Layout,
         r["tensors"] += 1
         r["parameters"] += 0 if t.tied else t.size
         if t.out is not None and t.role not in ("attn.pos_k", "attn.pos_q"):
-            r["flops"] += 2*t.size / (source if t.role.startswith("pooler") else 1)
+            r["flops"] += 2*t.size*float(_share(layout, t)) / (source if t.role.startswith("pooler") else 1)
+        if sparse: r["active"] = r.get("active", 0) + (0 if t.tied else t.size*_share(layout, t))
     for (stack, block), n in costs.items():
         rows[stack, block] = dict(role=f"{block} (scores, values)", stack=stack, tensors=0, axes="", shape="", parameters=0, tied="",
                                   flops=layout.layers[stack] * 2*n / (target if stack == "decoder" else source))
@@ -188,7 +201,8 @@ def describe(layout: Layout,
                                      flops=n_layers * n / source)
     for t in _embedding_as_head(layout):
         rows["head"] = dict(role="head", stack="", tensors=0, axes="", shape="", parameters=0, tied=t.name, flops=2*t.size)
-    return pd.DataFrame(list(rows.values()))
+    table = pd.DataFrame(list(rows.values()))
+    return table.fillna({"active": 0}).astype({"active": int}) if sparse else table
 
 # %% ../../nbs/core/70_ledger.ipynb #ac02bd2c
 def units(layout: Layout,
@@ -208,7 +222,7 @@ def units(layout: Layout,
 class Cost:
     "What training took."
     tokens: float = 0       # tokens trained on, padding not counted
-    flops: float = 0        # analytic, as above
+    flops: float = 0        # analytic, as above; less what early exits left out
     units: float = 0        # training units
     seconds: float = 0      # on whatever machine it ran
 

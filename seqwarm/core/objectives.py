@@ -246,6 +246,7 @@ def shape(name: str,              # an objective, with options or without
     return S, masked + n + 1 if stem == "spans" else length
 
 def _asked(name: str, length: int) -> int:
-    "How many of a row's tokens metro will mask, special ones taken for ordinary."
+    "How many of a row's tokens are asked, special ones taken for ordinary: all, where an objective has no rate."
     stem, options = _read(name)
-    return round(length * options.get("rate", signature(OBJECTIVES[stem]).parameters["rate"].default))
+    rate = signature(OBJECTIVES[stem]).parameters.get("rate")
+    return round(length * options.get("rate", rate.default)) if rate else length

@@ -95,10 +95,13 @@ def chains(stages: list[Stage]) -> list[Chain]:
 # %% ../../nbs/core/75_stages.ipynb #2fb82e10
 def _meant(model: torch.nn.Module, lay: Layout, words: Iterable[str], wish: str = "sleep") -> set[int]:
     "The ids of the parameters that words mean; a tied one goes with its storage."
-    named, meant = dict(model.named_parameters(remove_duplicate=False)), lay.select(words)
-    lost = [n for n, t in meant.items() if n not in named and not t.optional and n not in dict(model.named_buffers())]
+    named, held, meant = dict(model.named_parameters(remove_duplicate=False)), lay.table.parameter, lay.select(words)
+    lost = [n for n, t in meant.items() if held(n) not in named and not t.optional and n not in dict(model.named_buffers())]
     if lost: raise Refusal(f"{lost[0]} can't {wish}: this {type(model).__name__} has no parameter of that name", "leave its role out")
-    return {id(named[n]) for n in meant if n in named}
+    whole = {held(n) for n in meant}
+    part = next((n for n in lay.stored() if n not in meant and held(n) in whole), None)
+    if part: raise Refusal(f"{part} can't but {wish} as well: in memory it is one parameter with what does", "name its role too")
+    return {id(named[n]) for n in whole if n in named}
 
 def optimizer(model: torch.nn.Module,    # whose `requires_grad` is set on the way
               lay: Layout, chain: Chain,

@@ -66,9 +66,9 @@ class _Checked:
 
 _BLOCK = 1 << 21   # numbers
 
-def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int = _BLOCK) -> Iterator[torch.Tensor]:
+def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int | None = None) -> Iterator[torch.Tensor]:
     "The tensor of a row, finite, in parts where its operation allows it."
-    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers):
+    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers or _BLOCK):
         if not finite(x):
             raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}", "choose another operation")
         yield x
@@ -218,7 +218,8 @@ def build(plan: Plan,
     config, mix = _config(plan, (x.dtype for x in state.values())), [state.pop(t.name) for t in plan.layout.find("cross.mix")]
     with _quiet(): model, info = getattr(transformers, plan.architecture).from_pretrained(
         None, config=config, state_dict=state, dtype=config.dtype or torch.float32, output_loading_info=True)
-    lost = [n for n in list(info["missing_keys"]) + list(info["unexpected_keys"]) if n in plan.layout.stored()]
+    own = {name for n in plan.layout.stored() for name in (n, plan.layout.table.parameter(n))}
+    lost = [n for n in list(info["missing_keys"]) + list(info["unexpected_keys"]) if n in own]
     if lost: raise RuntimeError(f"transformers did not take {lost[0]}")  # a defect of the layout, not of the user
     if plan.generation is not None: model.generation_config = transformers.GenerationConfig.from_dict(plan.generation)
     return mixing(model, *mix) if mix else model

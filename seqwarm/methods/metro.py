@@ -21,6 +21,7 @@ from ..core.errors import Refusal, number, unknown
 from ..core.joint import Joint, joint
 from ..core.layout import Tensor, family, layout
 from ..core.losses import surprisal
+from ..core.losses import weights as _now
 from ..core.masked import head as _head
 from ..core.masked import logits as _logits
 from ..core.vocab import load_tokenizer, tokenizer_fingerprint
@@ -98,6 +99,10 @@ class Pair(torch.nn.Module):
         "Whether the main model's head is asked at all tokens."
         return any(s.everywhere for s in self.signals.values())
     @property
+    def leaves(self) -> bool:
+        "Whether tokens may leave the main model early; then `spared` tells a training what that saved."
+        return any(s.leaves for s in self.signals.values())
+    @property
     def idle(self) -> tuple[str, ...]:
         "The words for what has no loss, and must sleep."
         return ("auxiliary/",) * (not self.weights["aux"]) + ("main/head",) * (not (self.weights["clm"] or self.everywhere))
@@ -106,6 +111,12 @@ class Pair(torch.nn.Module):
         "Last states [B, S, D] of the main model (0) or the auxiliary (1)."
         model = (self.main, self.auxiliary)[which]
         return model.base_model(input_ids=ids, attention_mask=x.mask, position_ids=x.places + self.first[which]).last_hidden_state
+    def judged(self, filled: torch.Tensor, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
+        "The main model's last states [B, S, D], and the detector's scores [B, S]; from a signal, where one lets tokens leave."
+        for s in self.signals.values():
+            if s.leaves: return s.judge(self, filled, x)
+        states = self.states(0, filled, x)
+        return states, self.detect(states)[..., 0].float()
 
 # %% ../../nbs/methods/40_metro.ipynb #8aa48e90
 def _fill(self: Pair, x: _Text) -> tuple[torch.Tensor, torch.Tensor]:
@@ -125,12 +136,12 @@ def _everywhere(self: Pair, x: _Text, states: torch.Tensor) -> torch.Tensor:
     return found.new_zeros(x.real.numel()).index_copy(0, at, found).view_as(x.real)
 
 # %% ../../nbs/methods/40_metro.ipynb #3f398d49
-def _pass(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
+def _seen(self: Pair, inputs: dict[str, torch.Tensor]) -> tuple[torch.Tensor, _Text, torch.Tensor, torch.Tensor, torch.Tensor]:
     "The sums [K]; the text; what was put into it [B, S]; the main model's states [B, S, D]; the detector's scores [B, S]."
     x = _text(self.first[0], **inputs)
     aux, filled = self.fill(x)
-    states = self.states(0, filled, x)
-    scores, clm = self.detect(states)[..., 0].float(), torch.zeros((), device=states.device)
+    states, scores = self.judged(filled, x)
+    clm = torch.zeros((), device=states.device)
     rtd = F.binary_cross_entropy_with_logits(scores, (filled != x.ids).float(), weight=x.real.float(), reduction="sum")
     nll = _everywhere(self, x, states) if self.everywhere else None
     if nll is not None: clm = nll.flatten()[x.at].sum()     # it is there, whatever it weighs
@@ -146,14 +157,18 @@ def _forward(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
                                          ("main/head", _head(self.main)[:1] * ("main/head" in self.idle)))
                  if any(p.requires_grad for m in part for p in m.parameters() if p is not self.main.get_input_embeddings().weight)]
         if awake: raise Refusal(f"nothing trains {awake[0]}, and it is awake", f"add {awake[0]!r} to `frozen` (see Pair.idle)")
-    return _pass(self, inputs)[0]
+    return self.seen(inputs)[0]
 
 def _counts(self: Pair, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "How many things each of the sums is over [K]: masked tokens, all that are no padding, masked; what a signal says."
     asked, real = (inputs["labels"] != -100).sum(), _real(**inputs)
     return torch.stack([asked, real.sum(), asked, *(s.counts(real) for s in self.signals.values())])
 
-Pair.fill, Pair.forward, Pair.counts = _fill, _forward, _counts
+def _spared(self: Pair) -> int:
+    "FLOPs of training that were left out since this was last asked."
+    return sum(s.spared() for s in self.signals.values() if s.leaves)
+
+Pair.fill, Pair.seen, Pair.forward, Pair.counts, Pair.spared = _fill, _seen, _forward, _counts, _spared
 
 # %% ../../nbs/methods/40_metro.ipynb #e5899f49
 _WEIGHTS = dict(aux=1.0, rtd=50.0, clm=1.0)     # Bajaj et al. (2022)
@@ -210,6 +225,7 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     for m in (m for m in (main, auxiliary) if isinstance(m, torch.nn.Module)):
         if m.config.model_type not in _KINDS: raise unknown("encoder for METRO", m.config.model_type, _KINDS)
         if m.get_output_embeddings() is None: raise Refusal(f"a {type(m).__name__} has no head over the vocabulary", "take ...ForMaskedLM")
+    if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
     given = _given(weights or {}, dict(aux=0.0) if auxiliary is not None and not learns else {}, signals := list(signals))
     signals = [deepcopy(s) for s in signals if s.name in given]
     for name, r in (ramp or {}).items():
@@ -222,9 +238,8 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed); made = Pair(main, auxiliary, given, still, signals, ramp)
         made.detect.weight.data.normal_(0, main.config.initializer_range)
-        for s in signals: s.fit(main)
-    if prior is not None and not 0 < prior < 1: raise Refusal(f"prior cannot be {prior!r}", "give a share between 0 and 1")
-    made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
+        made.detect.bias.data.fill_(0.0 if prior is None else log(prior/(1 - prior)))
+        for s in signals: s.fit(made)
     for m in (made.detect, made.signals): m.to(main.device, main.dtype)
     return made
 
@@ -257,28 +272,32 @@ def _spread(states: torch.Tensor, real: torch.Tensor) -> torch.Tensor:
 @torch.no_grad()
 def _tally(self: Pair, **inputs: torch.Tensor) -> torch.Tensor:
     "Sums and counts of the losses [2K]; spread, rows; what `core.detection` counts."
-    found, x, filled, states, scores = _pass(self, inputs)
+    found, x, filled, states, scores = self.seen(inputs)
     apart = _spread(states, x.real)
     few = torch.stack([apart.sum().double(), torch.tensor(len(apart), device=apart.device).double()])
-    return torch.cat([found.double(), self.counts(inputs).double(), few, counted(scores, filled != x.ids, x.real)])
+    more = [s.tally() for s in self.signals.values() if s.leaves]
+    return torch.cat([found.double(), self.counts(inputs).double(), few, *more, counted(scores, filled != x.ids, x.real)])
 
 def _read(self: Pair, totals: torch.Tensor) -> dict[str, float]:
     "loss (weighted), aux, rtd, clm, signals by their names, and the measures above."
     K, t = len(self.weights), totals.double().cpu().numpy()
-    means, (masked, every), (apart, rows), seen = t[:K]/np.maximum(t[K:2*K], 1), t[K:K + 2], t[2*K:2*K + 2], told(t[2*K + 2:])
+    means, (masked, every), (apart, rows), seen = t[:K]/np.maximum(t[K:2*K], 1), t[K:K + 2], t[2*K:2*K + 2], told(t[-WIDTH:])
     over = lambda a, b: float(a/b) if b else float("nan")
+    more = {k: v for s in self.signals.values() if s.leaves for k, v in s.read(t[2*K + 2:-WIDTH]).items()}
     return dict(loss=float(sum(w*m for w, m in zip(self.weights.values(), means))), **dict(zip(self.weights, means.tolist())),
                 replaced=over(seen["share"]*every, masked), **{k: seen[k] for k in ("auc", "recall", "precision")},
-                over_base=over(means[1], seen["base"]), spread=over(apart, rows))
+                over_base=over(means[1], seen["base"]), spread=over(apart, rows), **more)
 
 Pair.tally, Pair.read = _tally, _read
 
 # %% ../../nbs/methods/40_metro.ipynb #cded2354
-def _shares(self: Pair, inputs: dict[str, torch.Tensor]) -> dict[str, float]:
+def _shares(self: Pair, inputs: dict[str, torch.Tensor],
+            done: float = 1.0,      # share of the training that lies behind, for losses that grow
+            ) -> dict[str, float]:
     "Share of each loss in the sum of their gradients' norms, in the main model without its head."
     body, n = [p for p in self.main.base_model.parameters() if p.requires_grad], self.counts(inputs).clamp(min=1)
-    sums, norms = _pass(self, inputs)[0], []
-    for w, s, c in zip(self.weights.values(), sums, n):
+    sums, norms = self.seen(inputs)[0], []
+    for w, s, c in zip(_now(self, share=done).tolist(), sums, n):
         found = torch.autograd.grad(w*s/c, body, retain_graph=True, allow_unused=True) if w and body else []
         norms.append(sum(g.float().square().sum().item() for g in found if g is not None)**0.5)
     return {k: x/max(sum(norms), 1e-30) for k, x in zip(self.weights, norms)}

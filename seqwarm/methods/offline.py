@@ -8,6 +8,7 @@ __all__ = ['HEATS', 'likeliest', 'Kept', 'taken', 'propose', 'Offline']
 # %% ../../nbs/methods/47_offline.ipynb #1e96c6bc
 import json, shutil, time
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
 import numpy as np
@@ -21,7 +22,7 @@ from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import Corpus
 from ..core.errors import Refusal, number, unknown
 from ..core.feed import Feed, held, weights_fingerprint
-from ..core.files import fingerprint, room, whole_folder, write_whole
+from ..core.files import fingerprint, room, write_whole
 from ..core.layout import family, layout
 from ..core.ledger import Cost, flops, units
 from ..core.noise import Draws
@@ -137,21 +138,40 @@ def _ask(model: PreTrainedModel, first: int, inputs: dict[str, torch.Tensor], k:
     nll = F.cross_entropy(z, x.ids.flatten()[x.at], reduction="none")
     return ids.cpu().numpy(), few.clamp(min=float(np.finfo(keep).min)).cpu().numpy(), nll.cpu().numpy(), mass.double().sum(0).cpu().numpy()
 
-def _fill(model: PreTrainedModel, first: int, batches: Iterator, folder: Path, keys: np.ndarray, asked: np.ndarray, told: dict,
-          acc: Accelerator) -> dict:
-    "Write the table; what is told of it comes back, with the kept mass."
-    order, mass, at = np.argsort(keys, kind="stable"), np.zeros(len(HEATS)), 0
-    begins = np.stack([np.cumsum(asked) - asked, asked], 1)
+# %% ../../nbs/methods/47_offline.ipynb #c57489c0
+_OFTEN = 60     # seconds after which it is noted how far filling has come
+
+def _table(folder: Path, keys: np.ndarray, asked: np.ndarray, told: dict, begun: bool) -> dict[str, np.ndarray]:
+    "The arrays of a table that is being filled: as they were left, or empty but for the rows."
     sizes = _sizes(len(keys), int(asked.sum()), told["k"], told["vocab"], told["keep"])
+    if begun: return {n: np.load(folder/f"{n}.npy", mmap_mode="r+") for n in sizes}
+    folder.mkdir(exist_ok=True)
     table = {n: np.lib.format.open_memmap(folder/f"{n}.npy", "w+", kind, shape) for n, (kind, shape) in sizes.items()}
+    order, begins = np.argsort(keys, kind="stable"), np.stack([np.cumsum(asked) - asked, asked], 1)
     table["keys"][:], table["first"][:] = keys[order], begins[order]
-    for _, inputs in tqdm(batches, desc="proposals", total=told["batches"], unit="batch", leave=False, mininterval=0.5):
-        with acc.autocast(): *found, some = _ask(model, first, inputs, told["k"], told["keep"])
-        n = len(found[0])
-        for name, rows in zip(_FILES[2:], found): table[name][at:at + n] = rows
-        mass, at = mass + some, at + n
-    for x in table.values(): x.flush()
-    return told | dict(mass={f"{T:g}": m / at for T, m in zip(HEATS, mass)})
+    return table
+
+def _fill(model: PreTrainedModel, first: int, batches: Iterator, folder: Path, keys: np.ndarray, asked: np.ndarray, told: dict,
+          acc: Accelerator) -> tuple[dict, float]:
+    "Write what a table lacks; what is told of it comes back, with the kept mass, and the seconds that all of it took."
+    file = folder.with_name("book.json")
+    book = json.loads(file.read_text()) if file.exists() else dict(batches=0, places=0, mass=[0.0]*len(HEATS), seconds=0.0)
+    table, mass, last = _table(folder, keys, asked, told, file.exists()), np.array(book["mass"]), time.perf_counter()
+    def note() -> None:
+        for x in table.values(): x.flush()
+        book.update(mass=mass.tolist(), seconds=book["seconds"] + time.perf_counter() - last)
+        write_whole(file, book)
+    try:
+        for _, inputs in tqdm(islice(batches, book["batches"], None), desc="proposals", initial=book["batches"], total=told["batches"],
+                              unit="batch", leave=False, mininterval=0.5):
+            with acc.autocast(): *found, some = _ask(model, first, inputs, told["k"], told["keep"])
+            at, n = book["places"], len(found[0])
+            for name, rows in zip(_FILES[2:], found): table[name][at:at + n] = rows
+            mass = mass + some
+            book.update(batches=book["batches"] + 1, places=at + n)
+            if time.perf_counter() - last > _OFTEN: note(); last = time.perf_counter()
+    finally: note()
+    return told | dict(mass={f"{T:g}": m / book["places"] for T, m in zip(HEATS, mass)}), book["seconds"]
 
 # %% ../../nbs/methods/47_offline.ipynb #775d2134
 def _cost(model: PreTrainedModel, length: int, rows: int, places: int, steps: int) -> Cost:
@@ -209,17 +229,19 @@ def propose(auxiliary: PreTrainedModel | str | Path,     # an MLM that exists, o
 # %% ../../nbs/methods/47_offline.ipynb #6a554632
 def _write(model: PreTrainedModel, first: int, batches: Iterator, done: Path, keys: np.ndarray, asked: np.ndarray, told: dict,
            acc: Accelerator, cost: Cost, parents: tuple[Card, ...]) -> None:
-    "Fill a table under its name, with its card."
+    "Fill a table, or what is missing of it, and give it its name, with its card."
     with held(done.parent):
         if done.exists(): return
-        for old in done.parent.glob(".*.part"): shutil.rmtree(old)   # what a kill left behind
-        room(done, told["bytes"])
-        begun = time.perf_counter()
-        with whole_folder(done) as tmp, _still(model):
-            told = _fill(model, first, batches, tmp, keys, asked, told, acc)
-            write_whole(tmp/"told.json", told)
-            spent = (cost + Cost(seconds=time.perf_counter() - begun)).as_dict()
-            Card.child("proposals", "propose", parents, spent).sealed(told["address"]).write(tmp)
+        part, book = done.with_name(".table.part"), done.with_name("book.json")
+        if not book.exists(): room(done, told["bytes"])
+        try:
+            with _still(model): told, seconds = _fill(model, first, batches, part, keys, asked, told, acc)
+        except Refusal:      # it would be met again
+            shutil.rmtree(part, ignore_errors=True); book.unlink(missing_ok=True)
+            raise
+        write_whole(part/"told.json", told)
+        Card.child("proposals", "propose", parents, (cost + Cost(seconds=seconds)).as_dict()).sealed(told["address"]).write(part)
+        part.rename(done); book.unlink()
 
 # %% ../../nbs/methods/47_offline.ipynb #99afec1d
 class Offline(Pair):
@@ -229,20 +251,22 @@ class Offline(Pair):
                  weights: Mapping[str, float] | None = None,    # those of rtd, clm that shall differ; clm=0: detection alone
                  prior: float | None = None,                    # as of `metro.pair`
                  tokenizer: PreTrainedTokenizerFast | None = None,   # the main model's, to be compared
-                 seed: int = 0):
+                 seed: int = 0, ramp: dict[str, float] | None = None):       # as of `metro.pair`
         if (V := main.config.vocab_size) != kept.told["vocab"]:
             raise Refusal(f"the proposals are of {kept.told['vocab']} tokens and the main model has {V}",
                           "take an auxiliary of the same vocabulary")
         if tokenizer is not None and tokenizer_fingerprint(tokenizer) != kept.told["tokenizer"]:
             raise Refusal("the tokenizer of the proposals differs from the main model's", "take an auxiliary with the same one")
-        made = pair(main, auxiliary=main, weights=dict(weights or {}), prior=prior, seed=seed)     # for its checks and its detector
+        made = pair(main, auxiliary=main, weights=dict(weights or {}), prior=prior, seed=seed, ramp=ramp)     # checks, detector
         if made.weights["aux"]: raise Refusal("there is no auxiliary here that could be trained", "leave out the weight of aux")
         torch.nn.Module.__init__(self)
         self.main, self.auxiliary, self.detect, self.kept = main, torch.nn.Module(), made.detect, kept
-        self.weights, self.still, self.first, self.signals, self.ramp = made.weights, False, made.first, made.signals, {}
+        self.weights, self.still, self.first, self.signals, self.ramp = made.weights, False, made.first, made.signals, made.ramp
 
     @property
-    def told(self) -> dict: return dict(main=self.main.config.to_dict(), proposals=self.kept.told["address"], weights=self.weights)
+    def told(self) -> dict:
+        own = dict(main=self.main.config.to_dict(), proposals=self.kept.told["address"], weights=self.weights)
+        return own | ({"ramp": self.ramp} if self.ramp else {})
     @property
     def idle(self) -> tuple[str, ...]: return ("main/head",) * (not self.weights["clm"])
 

@@ -9,7 +9,6 @@ __all__ = ['Copying', 'Contrast']
 from dataclasses import replace
 import torch
 import torch.nn.functional as F
-from transformers import PreTrainedModel
 from ..core.errors import Refusal, number
 from ..core.joint import portion
 from ..core.layout import Tensor
@@ -18,11 +17,11 @@ from .metro import Pair, _Text
 # %% ../../nbs/methods/42_signals.ipynb #d11fcf29
 class _Signal(torch.nn.Module):
     "One more loss of a pair's main model."
-    name, everywhere, again = "", False, 0.0
+    name, everywhere, again, leaves = "", False, 0.0, False
     def __init__(self, weight: float): super().__init__(); self.weight = weight
     @property
     def told(self) -> dict: return {}
-    def fit(self, main: PreTrainedModel) -> None: pass
+    def fit(self, pair: Pair) -> None: pass
     def tensors(self, D: int) -> list[Tensor]: return []
 
 # %% ../../nbs/methods/42_signals.ipynb #9e6db01c
@@ -40,10 +39,10 @@ class Copying(_Signal):
     name, everywhere = "copying", True
     def __init__(self, weight: float = 1.0): super().__init__(weight)
 
-    def fit(self, main: PreTrainedModel) -> None:
+    def fit(self, pair: Pair) -> None:
         "A fresh gate, which begins at one half."
-        self.gate = torch.nn.Linear(main.config.hidden_size, 1)
-        self.gate.weight.data.normal_(0, main.config.initializer_range); self.gate.bias.data.zero_()
+        self.gate = torch.nn.Linear(pair.config.hidden_size, 1)
+        self.gate.weight.data.normal_(0, pair.config.initializer_range); self.gate.bias.data.zero_()
 
     def tensors(self, D: int) -> list[Tensor]:
         "The gate's, as a layout has them; its role is `copy`."

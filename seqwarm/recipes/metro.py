@@ -19,17 +19,18 @@ from transformers import AutoModelForMaskedLM, BertForMaskedLM, MPNetForMaskedLM
 from ..core.checkpoint import Card
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.fresh import apart_first, fresh_encoder
-from ..core.ledger import Cost, flops, lineage
+from ..core.ledger import Cost, lineage
 from ..core.masked import Masked
 from ..core.noise import Draws
-from ..core.objectives import _asked, objective
+from ..core.objectives import objective
 from ..core.probes import Probe
 from ..core.record import settings
 from ..core.stages import Stage
 from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
-from ..core.train import Trained, train
-from ..methods.metro import Pair, _pass, pair
+from ..core.train import Trained, costs, train
+from ..methods.exit import Early, tradeoff
+from ..methods.metro import Pair, pair
 from ..methods.offline import Offline, propose
 from ..methods.signals import Contrast, Copying
 
@@ -47,7 +48,7 @@ _SIZES = {
 _CLASSES = dict(mpnet=MPNetForMaskedLM, pre=RobertaPreLayerNormForMaskedLM, bert=BertForMaskedLM)
 _LESS = {"metro-clm": "clm", "metro-rtd": "rtd", "electra": "clm", "metro+copy": "clm"}      # arm -> the loss that it does without
 _MORE = {"metro+copy": Copying, "metro+contrast": Contrast}
-_SIGNALS = ("electra", "metro", "metro-clm", "metro-rtd", *_MORE, "fast", "fast.frozen", "fast.offline")
+_SIGNALS = ("electra", "metro", "metro-clm", "metro-rtd", *_MORE, "metro+exit", "fast", "fast.frozen", "fast.frozen+exit", "fast.offline")
 _ARMS = ("random", "mlm", *_SIGNALS, *(f"mlm+{arm}" for arm in _SIGNALS))
 
 def sized(scale: str, **wishes: Any) -> SimpleNamespace:
@@ -55,6 +56,7 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     if scale not in _SIZES: raise unknown("scale", scale, _SIZES)
     p = SimpleNamespace(**{k: None for k in wishes} | _SIZES[scale] | {k: v for k, v in wishes.items() if v is not None})
     if p.auxiliary is None: p.auxiliary = max(1, round(p.layers/3))
+    if p.exit_every is None: p.exit_every = min(2, max(1, p.layers//2))
     _check(p)
     p.text, p.valid = with_words(p.text, p.words), p.valid and with_words(p.valid, p.words)
     return p
@@ -71,6 +73,7 @@ def _check(p: SimpleNamespace) -> None:
     for key in ("rate", "metro_rate"):
         if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "a learning rate is above 0")
     for key in ("rtd", "clm"): number(f"parameter {key}", getattr(p, key), 0, float)
+    _check_swept(p)
     if not 0 <= p.apart <= 1: raise Refusal(f"parameter apart cannot be {p.apart:g}", "give a share, from 0 to 1")
     for key in ("ahead", "before"):
         if not 0 < getattr(p, key) < 1:
@@ -86,16 +89,35 @@ def _check(p: SimpleNamespace) -> None:
 def _asking(p: SimpleNamespace, arm: str) -> str:
     "The objective of an arm."
     stem = "mlm" if arm == "mlm" else "metro"
-    return f"{stem}?rate={p.mask_rate:g}" + (f"&heat={p.heat:g}&tau={p.tau:g}" if "fast" in arm else "")
+    return f"{stem}?rate={p.mask_rate:g}" + (f"&heat={p.heat:g}&tau={p.tau:g}".replace("+", "") if "fast" in arm else "")   # 1e+08
 
 def _probes(p: SimpleNamespace) -> list[Probe]:
     return [named(t, p.text, p.probe_steps, p.examples, asleep) for asleep in ((False, True) if p.sleeping else (False,)) for t in p.tasks]
 
+# %% ../../nbs/recipes/30_metro.ipynb #2050131b
+def _check_swept(p: SimpleNamespace) -> None:
+    "The same, of what is off unless it is wished for."
+    share = lambda x: 0 < x <= 1
+    for key, fits, say in (("ramp", share, "a share above 0"), ("prior", lambda x: 0 < x < 1, "a share above 0 and below 1"),
+                           ("auxiliary_rate", lambda x: x > 0, "a factor above 0"), ("exit_flops", share, "a share above 0")):
+        if (x := getattr(p, key)) is not None and not fits(number(f"parameter {key}", x, 0, float)):
+            raise Refusal(f"parameter {key} cannot be {x:g}", f"give {say}")
+    if not any(map(_leaves, p.arms)): return
+    if not p.rtd: raise Refusal("tokens leave by what detection says, and its weight is 0", "leave out the arms with +exit")
+    Early(p.rtd, **_exits(p))
+    if p.exit_every >= p.layers: raise Refusal(f"parameter exit_every cannot be {p.exit_every}", f"give less than the {p.layers} layers")
+
+def _leaves(arm: str) -> bool: return arm.endswith("+exit")
+
+def _exits(p: SimpleNamespace) -> dict[str, Any]:
+    "How tokens leave an encoder."
+    return dict(every=p.exit_every, threshold=0.95 if p.exit_threshold is None else p.exit_threshold, by=p.exit_by or "token")
+
 # %% ../../nbs/recipes/30_metro.ipynb #549fc109
 def _step_flops(p: SimpleNamespace, module: Masked | Pair) -> int:
-    "FLOPs of a step of training."
-    asked = _asked(f"mlm?rate={p.mask_rate:g}", p.length)
-    return p.batch*flops(module.layout, p.length, asked=asked, frozen=getattr(module, "idle", ()))
+    "FLOPs of a step of training, in which nobody leaves early."
+    stage = Stage(1, objective=_asking(p, "mlm" if isinstance(module, Masked) else "metro"), frozen=getattr(module, "idle", ()))
+    return costs(module.layout, stage, p.length, p.batch)[0].flops
 
 def _encoder(p: SimpleNamespace, text: Text, seed: int, layers: int | None = None, width: int | None = None) -> PreTrainedModel:
     "A fresh encoder with a head over the vocabulary."
@@ -104,6 +126,12 @@ def _encoder(p: SimpleNamespace, text: Text, seed: int, layers: int | None = Non
                          layer_norm_eps=1e-5, **own, **text.ids)
 
 # %% ../../nbs/recipes/30_metro.ipynb #789f1a38
+def _losses(p: SimpleNamespace, how: str) -> dict[str, Any]:
+    "What a pair learns from, by the name of its arm."
+    more = [Early(p.rtd, **_exits(p))] if _leaves(how) else [_MORE[how]()] if how in _MORE else []
+    ramp = dict.fromkeys(["rtd", *(s.name for s in more if s.leaves)], p.ramp) if p.ramp else None
+    return dict(weights=dict(rtd=p.rtd, clm=p.clm) | ({_LESS[how]: 0.0} if how in _LESS else {}), signals=more, prior=p.prior, ramp=ramp)
+
 class Models:
     "The encoders of one seed, by arm; each is made, or found, when it is first asked for."
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
@@ -116,10 +144,12 @@ class Models:
 
     def _stages(self, arm: str, module: Masked | Pair, left: float, frozen: tuple[str, ...] = ()) -> list[Stage]:
         "Stages that cost what is left of the budget."
-        p, n = self.p, round(left/_step_flops(self.p, module))
+        p, n = self.p, round(left/_step_flops(self.p, module)/((self.p.exit_flops or 1) if _leaves(arm) else 1))
         if n < 1: raise Refusal(f"nothing of the budget is left for a step of {arm}", "give more `steps`, or less `ahead` or `before`")
         masked = isinstance(module, Masked)
-        return apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), p.apart, frozen=frozen)
+        along = not masked and p.auxiliary_rate and module.weights["aux"]
+        rates = dict(rates={"auxiliary/": p.auxiliary_rate, "main/embed.token": 1.0}) if along else {}
+        return apart_first(n, p.rate if masked else p.metro_rate, _asking(p, "mlm" if masked else arm), p.apart, frozen=frozen, **rates)
 
     def _train(self, arm: str, module: Masked | Pair, stages: list[Stage], parents: tuple[Card, ...] = ()) -> Trained:
         t, n = self.text, sum(s.steps for s in stages)
@@ -136,51 +166,82 @@ class Models:
         "The auxiliary that is trained ahead."
         return self._masked("auxiliary", self.p.ahead*self.budget, self.p.auxiliary)
 
-    def _signalled(self, arm: str) -> Trained:
-        "An encoder that is trained by an auxiliary's signals."
+    def pair(self, arm: str) -> tuple[Pair, list[Card]]:
+        "An encoder with the auxiliary that makes its signals, as they begin; and the cards of what they come from."
         p, t, parents = self.p, self.text, []
         main, given, how = _encoder(p, t, self.seed), dict(layers=p.auxiliary, copied=True), arm.removeprefix("mlm+")
         if how == "electra": given = dict(auxiliary=_encoder(p, t, self.seed + 1, p.auxiliary, p.width//2), learns=True)
-        if how in ("fast.frozen", "fast.offline"):
+        if how.startswith("fast."):
             given, parents = dict(auxiliary=self.helper().path, tokenizer=t.tokenizer), [self.helper().card]
         if how != arm:
             made = self._masked("before", p.before*self.budget)
             main, parents = AutoModelForMaskedLM.from_pretrained(made.path, dtype=torch.float32), [made.card, *parents]
-        weights = dict(rtd=p.rtd, clm=p.clm) | ({_LESS[how]: 0.0} if how in _LESS else {})
-        both = pair(main, weights=weights, seed=self.seed, signals=[_MORE[how]()] if how in _MORE else [], **given)
+        return pair(main, seed=self.seed, **_losses(p, how), **given), parents
+
+    def _signalled(self, arm: str) -> Trained:
+        "An encoder that is trained by an auxiliary's signals."
+        both, parents = self.pair(arm)
         left = self.budget - (lineage(parents).flops if parents else 0)
-        if how == "fast.offline": return self._offline(arm, main, self._stages(arm, both, left), weights, parents[:-1])
+        if arm.endswith("fast.offline"): return self._offline(arm, both.main, self._stages(arm, both, left), parents[:-1])
         return self._train(arm, both, self._stages(arm, both, left, both.idle), tuple(parents))
 
-    def _offline(self, arm: str, main: PreTrainedModel, stages: list[Stage], weights: dict[str, float], parents: list[Card]) -> Trained:
+    def _offline(self, arm: str, main: PreTrainedModel, stages: list[Stage], parents: list[Card]) -> Trained:
         "As many steps as beside a sleeping auxiliary, which runs beforehand: the same FLOPs, once."
         t, sequences = self.text, min(64, len(self.text.valid))
         kept = propose(self.helper().path, t.tokenizer, t.train, t.valid, stages, self.store, batch=self.p.batch, seed=self.seed,
                        sequences=sequences)
-        return self._train(arm, Offline(main, kept, weights, tokenizer=t.tokenizer, seed=self.seed), stages, (*parents, kept.card))
+        own = {k: x for k, x in _losses(self.p, "fast.offline").items() if k != "signals"}
+        return self._train(arm, Offline(main, kept, tokenizer=t.tokenizer, seed=self.seed, **own), stages, (*parents, kept.card))
 
 # %% ../../nbs/recipes/30_metro.ipynb #91a6b7e5
 def reopened(models: Models, arm: str) -> Pair:
     "The pair of a finished training, with its detector; an auxiliary that slept lies where it came from."
-    made, p = models[arm], models.p
-    other = made.path/"auxiliary" if (made.path/"auxiliary").exists() else models.helper().path
-    main, other = (AutoModelForMaskedLM.from_pretrained(f, dtype=torch.float32) for f in (made.path, other))
-    both = pair(main, auxiliary=other, learns=True, weights=dict(rtd=p.rtd, clm=p.clm))
-    both.detect.load_state_dict(load_file(made.path/"detect.safetensors"))
+    made, p, how = models[arm], models.p, arm.removeprefix("mlm+")
+    learned = (made.path/"auxiliary").exists()
+    found = (made.path, made.path/"auxiliary" if learned else models.helper().path)
+    main, other = (AutoModelForMaskedLM.from_pretrained(f, dtype=torch.float32) for f in found)
+    if learned and how != "electra": other.get_input_embeddings().weight = main.get_input_embeddings().weight; other.tie_weights()
+    both = pair(main, auxiliary=other, learns=learned, **_losses(p, how))
+    for part, own in ((both.detect, False), (both.signals, True)):
+        part.load_state_dict({k: x for k, x in load_file(made.path/"detect.safetensors").items() if ("." in k) == own})
     return both.eval()
+
+def _batch(p: SimpleNamespace, text: Text, rows: int, both: Pair) -> dict[str, torch.Tensor]:
+    "The first rows of the validation text, as METRO reads them."
+    packed = text.valid.sample(np.arange(rows))
+    return objective(_asking(p, "metro"))(packed, Draws(0, 0, packed.samples), both.config, text.tokenizer)
 
 _FATES = ("untouched", "false alarm", "guessed right", "replaced, found", "replaced, missed")
 
 @torch.no_grad()
 def proposals(both: Pair, text: Text, p: SimpleNamespace, rows: int) -> tuple[list[list[str]], np.ndarray, np.ndarray]:
     "What the encoder sees [rows, S], what stood there, and the fate of each token [rows, S], a number in `_FATES`."
-    packed = text.valid.sample(np.arange(rows))
-    inputs = objective(_asking(p, "metro"))(packed, Draws(0, 0, packed.samples), both.config, text.tokenizer)
-    _, x, filled, _, scores = _pass(both, inputs)
+    inputs = _batch(p, text, rows, both)
+    _, x, filled, _, scores = both.seen(inputs)
     asked, wrong, said = inputs["labels"] != -100, filled != x.ids, scores > 0
     fate = torch.where(wrong, torch.where(said, 3, 4), torch.where(asked, 2, torch.where(said, 1, 0)))
     words = lambda ids: [[t.replace("\u0120", "\u00b7") for t in text.tokenizer.convert_ids_to_tokens(row)] for row in ids.tolist()]
     return words(filled), np.array(words(x.ids)), fate.numpy()
+
+# %% ../../nbs/recipes/30_metro.ipynb #2d48dc97
+def _whose(models: Models, arm: str) -> dict[str, dict[str, float]]:
+    "Each loss's share in the gradient of an encoder, where its training begins and where it ends."
+    p, text, rows = models.p, models.text, min(models.p.batch, 16, len(models.text.valid))
+    ends = {"begins": (models.pair(arm)[0], 0.0), "ended": (reopened(models, arm), 1.0)}
+    return {f"{arm} {at}": both.shares(_batch(p, text, rows, both), done) for at, (both, done) in ends.items()}
+
+# %% ../../nbs/recipes/30_metro.ipynb #48e8bc7a
+_THRESHOLDS = (0.5, 0.7, 0.8, 0.9, 0.95, 0.98, 0.99, 1)
+
+@torch.no_grad()
+def _exited(models: Models, arm: str, rows: int) -> pd.DataFrame:
+    "By threshold, what a finished encoder with exits computes, and what its detection is worth."
+    both, p = reopened(models, arm), models.p
+    early = both.signals[Early.name]
+    _, x, filled, *_ = both.seen(_batch(p, models.text, min(rows, len(models.text.valid)), both))
+    own = _exits(p)["threshold"]
+    table = tradeoff(early.around[0], [(early.given(both, filled, x), filled != x.ids)], {*_THRESHOLDS, own})
+    return table.assign(arm=arm, own=table.threshold == own)
 
 # %% ../../nbs/recipes/30_metro.ipynb #71321093
 def measure(models: Models, arm: str) -> dict[str, Any]:
@@ -188,6 +249,7 @@ def measure(models: Models, arm: str) -> dict[str, Any]:
     made = models[arm]
     last = made.history.iloc[-1].drop([*asdict(Cost()), "lr", "train", "loss"], errors="ignore").to_dict()
     row = dict(arm=arm, seed=models.seed, **last, **{f"total_{k}": v for k, v in asdict(lineage(made.card)).items()})
+    if _leaves(arm): row["computed"] = made.card.cost["flops"]/(last["step"]*_step_flops(models.p, models.pair(arm)[0]))
     return row | probed(made.path, _probes(models.p), models.store/"probes", models.seed)
 
 def _points(table: pd.DataFrame) -> pd.Series:
@@ -221,8 +283,10 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any]) -> li
     "The result in some lines."
     lines = [f"on {p.text}: {p.layers} layers x {p.width}, {p.batch*p.length} tokens a step, the FLOPs of {p.steps} steps of MLM; "
              f"{len(p.seeds)} seed(s)",
-             "arm            steps   FLOPs, all   AUC    recall   points"]
+             "arm                    steps   FLOPs, all   AUC    recall   points"]
     for arm, r in table.groupby("arm", sort=False):
         seen = [f"{r[k].mean():6.2f}" if k in r and r[k].notna().any() else "     -" for k in ("auc", "recall")]
-        lines.append(f"{arm:12s} {r.step.mean():7.0f}   {r.total_flops.mean():9.2e}  {'  '.join(seen)}   {r.points.mean():6.2f}")
+        lines.append(f"{arm:20s} {r.step.mean():7.0f}   {r.total_flops.mean():9.2e}  {'  '.join(seen)}   {r.points.mean():6.2f}")
+    for arm, r in table[table.arm.map(_leaves)].groupby("arm", sort=False):
+        lines.append(f"{arm}: {r.computed.mean():.1%} of its steps' FLOPs computed, at the end {r.kept.mean():.1%} of tokens' layers")
     return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g} spreads'}" for k, v in claims.items())]
