@@ -136,7 +136,7 @@ def _cost(plan: Plan, name: str, length: int, batch: int, steps: int, old: Layou
         made += ("right" in r.arrays)*2*half*(big.shape[1] if len(big.shape) > 1 else 1)
     return Cost(steps*batch*length, steps*(batch*flops(lay, S, T) + 3*made), units(lay, steps))
 
-# %% ../../nbs/methods/66_ligo.ipynb #77bf59c2
+# %% ../../nbs/methods/66_ligo.ipynb #b0d20f64
 def ligo(source: Checkpoint, tokenizer: Any, corpus: Corpus,
          hidden: int | None = None, heads: int | None = None, kv_heads: int | None = None, ffn: int | None = None,    # as of `width`
          layers: int | Mapping[str, int] | None = None,      # of each stack; by default as many as there are
@@ -150,6 +150,7 @@ def ligo(source: Checkpoint, tokenizer: Any, corpus: Corpus,
     "A larger model whose weights are trained maps of the small one's, as a plan."
     if method == "identity": raise Refusal("the maps of LiGO cannot begin with layers of zeros", "take 'stack' or 'interpolate'")
     number("steps", steps, 1); number("batch", batch, 1); number("lr", lr, 0, float); number("noise", noise, 0, float)
+    if source.layout.find("router"): raise Refusal("LiGO has no maps for experts", "grow the dense model, and upcycle it then")
     if source.layout.find("cross.mix"): raise Refusal("a mix of the encoder's layers cannot be learned by LiGO", "grow first, mix then")
     wider, deeper, old = any(x is not None for x in (hidden, heads, kv_heads, ffn)), layers is not None or order is not None, source.layout
     if not wider and not deeper: raise Refusal("nothing is to grow", "give hidden, heads, kv_heads, ffn or layers")
