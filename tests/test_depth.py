@@ -170,6 +170,31 @@ def test_t5_keeps_the_table_of_a_first_layer_that_goes(tmp_path):
     [was], [now] = (c.layout.find("attn.relative", "encoder") for c in (old, new))
     assert torch.equal(old.read(was.name), new.read(now.name)) and f"source:{was.name}" not in plan.dropped
 
+# ---- experts
+
+MOE = {k: v for k, v in LLAMA.items() if k != "head_dim"} | dict(num_experts_per_tok=2, output_router_logits=False)
+QWEN = MOE | dict(num_experts=4, moe_intermediate_size=20, mlp_only_layers=[1])
+EXPERTS = {"mixtral": ("MixtralForCausalLM", MOE | dict(num_local_experts=4)), "olmoe": ("OlmoeForCausalLM", MOE | dict(num_experts=4)),
+           "qwen2_moe": ("Qwen2MoeForCausalLM", QWEN | dict(shared_expert_intermediate_size=12)), "qwen3_moe": ("Qwen3MoeForCausalLM", QWEN),
+           "switch": ("SwitchTransformersForConditionalGeneration", T5 | dict(num_layers=4, num_decoder_layers=2, num_experts=4, num_sparse_encoder_layers=2,
+                      num_sparse_decoder_layers=1))}
+ALL |= EXPERTS
+
+@pytest.mark.parametrize("kind", EXPERTS)
+def test_experts_go_with_their_layers(kind, tmp_path):
+    old = source(kind, tmp_path/"old", torch.float32)
+    order = {"encoder": [0, 1, 2, 3, 0, 1], "decoder": [0, 1, 0, 1]} if kind == "switch" else {"": [0, 1, 1, 2, 0]}
+    new = write(depth(old, order=order), {"source": old}, tmp_path/"new")
+    kept = {(t.stack, t.layer, t.role, t.expert): t.name for t in old.layout.stored().values()}
+    for t in new.layout.stored().values():
+        if t.layer is None or t.role == "attn.relative": continue
+        assert torch.equal(new.read(t.name), old.read(kept[t.stack, order[t.stack][t.layer], t.role, t.expert])), t.name
+    assert logits(load(new)).isfinite().all() and len({t.expert for t in new.layout.stored().values()}) == 5
+    if kind == "switch": assert "stand where this family has them" in refused(old, order={"encoder": [0, 0, 1, 1]}); return
+    same = write(depth(old, 5, method="identity"), {"source": old}, tmp_path/"same")
+    was, now = logits(load(old)), logits(load(same))
+    assert was.std() > 0.01 and (was - now).abs().max() < 1e-5*was.abs().max()
+
 # ---- any plan can be deepened
 
 def test_rows_of_any_plan_are_deepened_and_what_is_drawn_stays_drawn(tmp_path):

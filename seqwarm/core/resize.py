@@ -86,6 +86,9 @@ def _deeper(lay: Layout, layers: Mapping[str, list[int]]) -> dict[str, Any]:
         new[next(k for k in _LAYERS[stack] if k in c)] = len(order)
         each = {k: x for k, x in c.items() if isinstance(x, list) and len(x) == L and k.startswith("layer")}
         new |= {k: [x[i] for i in order] for k, x in each.items()}
+        sparse = (facts := lay.table.read(c)).get(f"{stack}.sparse", facts.get("sparse", ()))       # the layers that have experts
+        if "mlp_only_layers" in c: new |= dict(decoder_sparse_step=1, mlp_only_layers=[i for i, k in enumerate(order) if k not in sparse])
+        if f"num_sparse_{stack}_layers" in c: new[f"num_sparse_{stack}_layers"] = sum(k in sparse for k in order)
     if "num_decoder_layers" in c and "encoder" in layers and "decoder" not in layers: new["num_decoder_layers"] = lay.layers.get("decoder")
     return new
 

@@ -28,9 +28,9 @@ def _repeats(order: list[int]) -> list[int]:
     "The layers whose source has served for one below."
     return [i for i, x in enumerate(order) if x in order[:i]]
 
-# %% ../../nbs/methods/60_depth.ipynb #54f504cf
-_OUT = ("attn.o", "cross.o", "ffn.down")          # what writes into the state
-_GAIN = ("attn.norm.out", "ffn.norm.out")         # what comes after it, in families that norm there
+# %% ../../nbs/methods/60_depth.ipynb #f2e64ccf
+_OUT = ("attn.o", "cross.o", "ffn.down", "ffn.shared.down")   # what writes into the state
+_GAIN = ("attn.norm.out", "ffn.norm.out")                     # what comes after it, in families that norm there
 
 @operation("fill")
 def _fill(*, shape: tuple[int, ...], value: float) -> torch.Tensor: return torch.full(shape, value)
@@ -94,7 +94,7 @@ def _mix(row: Row, name: str, order: list[int]) -> Row:
     above = [1 + max((i for i, x in enumerate(order) if x == k), default=len(order)) for k in range(max(order) + 1)]
     return replace(row, op="states.at", args={"at": [0, *above]})
 
-# %% ../../nbs/methods/60_depth.ipynb #193ba277
+# %% ../../nbs/methods/60_depth.ipynb #d989bfa6
 def _renamed(row: Row, target: str, seed: int) -> Row:
     "A row under another name, drawing what it drew under its own."
     drawn = row.target != target and "seed" in inspect.signature(OPS[row.op]).parameters and "seed" not in row.args
@@ -109,7 +109,7 @@ def _placed(row: Row, last: Row, at_end: bool, was_end: bool) -> Row:
 def _deep_rows(plan: Plan, deep: Layout, orders: dict[str, list[int]], empty: dict[str, list[int]]) -> Iterator[Row]:
     "The rows of the deep model, in the order of its tensors."
     old = {r.target: r for r in plan.rows}
-    of = {(t.stack, t.layer, t.role): old[n] for n, t in plan.layout.stored().items() if n in old and t.layer is not None}
+    of = {(t.stack, t.layer, t.role, t.expert): old[n] for n, t in plan.layout.stored().items() if n in old and t.layer is not None}
     for t in deep.stored().values():
         if t.role == "cross.mix" and len(orders["encoder"]) > plan.layout.size("states"): yield _mix(old[t.name], t.name, orders["encoder"])
         elif t.layer is None:
@@ -117,10 +117,16 @@ def _deep_rows(plan: Plan, deep: Layout, orders: dict[str, list[int]], empty: di
         elif t.layer in empty.get(t.stack, ()) and (row := _nothing(t, deep)): yield row
         else:
             at = 0 if t.role == "attn.relative" else orders[t.stack][t.layer]
-            row, top = of.get((t.stack, at, t.role)), plan.layout.layers[t.stack] - 1
+            row, top = of.get((t.stack, at, t.role, t.expert)), plan.layout.layers[t.stack] - 1
             if t.role.startswith("ffn.norm") and deep.norms(t.stack) == "post":
-                row = _placed(row, of[t.stack, top, t.role], t.layer == len(orders[t.stack]) - 1, at == top)
-            yield _renamed(row, t.name, plan.seed) if row else Row(t.name, "zeros" if t.role.endswith("bias") else "ones")
+                row = _placed(row, of[t.stack, top, t.role, None], t.layer == len(orders[t.stack]) - 1, at == top)
+            yield _renamed(row, t.name, plan.seed) if row else _lacking(t, at)
+
+def _lacking(t: Tensor, at: int) -> Row:
+    "The row of a tensor that the layer it comes from does not have."
+    if t.role in ("attn.norm", "attn.norm.bias"): return Row(t.name, "zeros" if t.role.endswith("bias") else "ones")
+    raise Refusal(f"layer {t.layer} would have {t.role}, and layer {at}, from which it comes, has none of that kind",
+                  "choose an order in which layers with experts stand where this family has them")
 
 # %% ../../nbs/methods/60_depth.ipynb #4c288f62
 def _words(lay: Layout, new: dict[str, list[int]]) -> dict[str, list[str]]:
