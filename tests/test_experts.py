@@ -6,13 +6,14 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
+from seqwarm.core.fresh import shrink
 from seqwarm.core.layout import layout
 from seqwarm.core.ledger import describe, flops
 from seqwarm.core.stages import Stage, chains, optimizer
+from seqwarm.core.train import train
 from seqwarm.core.write import build, write
 from seqwarm.methods.experts import aggregate, prune, upcycle
-from seqwarm.methods.router import Sparse, usage
-from seqwarm.core.train import train
+from seqwarm.methods.router import Sparse, random_selection, usage
 from train_small import given
 
 LLAMA = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -118,7 +119,13 @@ def test_experts_sleep_together_or_not_at_all():
     assert {n for n, p in m.named_parameters() if not p.requires_grad} == {n for n, _ in m.named_parameters() if "experts" in n or "post_attention" in n}
     optimizer(m, lay, chain("router@1", "ffn.down"))
     assert {n for n, p in m.named_parameters() if not p.requires_grad} == {"model.layers.1.mlp.gate.weight", *(f"model.layers.{i}.mlp.experts.down_proj" for i in range(3))}
+    whole = Sparse(m); optimizer(whole, whole.layout, chain("ffn.down"))                          # also inside a module that holds it
+    assert {n for n, p in whole.named_parameters() if not p.requires_grad} == {f"main.model.layers.{i}.mlp.experts.down_proj" for i in range(3)}
     with pytest.raises(Refusal, match="experts.0.w3.weight can't but sleep as well: in memory it is one parameter"): optimizer(m, lay, chain("ffn.gate"))
+
+def test_shrinking_scales_the_experts_once():
+    m = make("Qwen3MoeForCausalLM", QWEN | dict(decoder_sparse_step=2)); old = {n: x.clone() for n, x in m.state_dict().items()}
+    for n, x in shrink(m).state_dict().items(): assert torch.allclose(x, old[n]*(6**-0.5 if "down_proj" in n or "o_proj" in n else 1)), n
 
 # ---- upcycling
 
@@ -328,6 +335,20 @@ def test_a_model_joined_with_itself_is_itself_if_it_meets_twice_as_many(skewed, 
     assert (told_by(out.path) - told_by(home/"mixtral")).abs().max() < 1e-5
 
 # ---- training
+
+def test_random_selection_drops_as_many_and_those_of_the_end_no_more_often(tmp_path):
+    m = make("SwitchTransformersEncoderModel", SWITCH | dict(num_sparse_encoder_layers=1, expert_capacity=3, router_jitter_noise=0.0, dropout_rate=0.0))
+    routers, seen = [x for x in m.modules() if hasattr(x, "expert_capacity")], []
+    routers[0].register_forward_hook(lambda _, i, o: seen.append(o[0].sum(-1).float()))
+    feed = lambda n: [m(input_ids=torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(i))) for i in range(n)]
+    with torch.no_grad():
+        m.train(); feed(30); by_place = torch.cat(seen).mean(0); kept = by_place.sum(); seen.clear()
+        handles = len(routers[0]._forward_hooks); random_selection(m); assert len(routers[0]._forward_hooks) == handles + 1
+        routers[0]._forward_hooks.move_to_end(next(iter(routers[0]._forward_hooks)))          # ours looks at what comes out in the end
+        feed(30); drawn = torch.cat(seen).mean(0)
+    assert drawn.sum() == pytest.approx(kept.item(), rel=1e-6) and by_place[:3].min() == 1 and by_place[-6:].mean() < 0.5*by_place[:6].mean() and abs(drawn[-6:].mean() - drawn[:6].mean()) < 0.12
+    m.save_pretrained(tmp_path); assert set(load_file(tmp_path/"model.safetensors")) == set(layout(m.config, "SwitchTransformersEncoderModel").stored())
+    with pytest.raises(Refusal, match="no experts whose capacity is limited"): random_selection(make("MixtralForCausalLM", MIXTRAL))
 
 def test_the_losses_of_a_router_are_the_formulas():
     "Against HF's balance for a single layer, which it pools, and the z-loss by hand; sums over parts make the whole's means but for the balance."
