@@ -131,7 +131,8 @@ def test_shrinking_scales_the_experts_once():
 
 NET = LLAMA | dict(intermediate_size=48)
 DENSE = {"llama": ("LlamaForCausalLM", NET | dict(rope_theta=3000.0, rms_norm_eps=1e-4)), "mistral": ("MistralForCausalLM", NET | dict(head_dim=6, sliding_window=5)),
-         "qwen2": ("Qwen2ForCausalLM", NET | dict(tie_word_embeddings=True)), "qwen3": ("Qwen3ForCausalLM", NET | dict(head_dim=6, attention_bias=True)), "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=4))}
+         "qwen2": ("Qwen2ForCausalLM", NET | dict(tie_word_embeddings=True)), "qwen3": ("Qwen3ForCausalLM", NET | dict(head_dim=6, attention_bias=True)), "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=4)),
+         "qwen2, windows": ("Qwen2ForCausalLM", NET | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)), "qwen3, windows": ("Qwen3ForCausalLM", NET | dict(use_sliding_window=True, sliding_window=4, max_window_layers=0))}
 IDS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
@@ -163,7 +164,7 @@ def told_by(path, patched=False, dtype=torch.float64):
     with torch.no_grad(): return (exact64(m) if patched else m)(input_ids=IDS, **(dict(decoder_input_ids=IDS.flip(1)) if two else {})).logits
 
 WAYS = [("llama", {}), ("llama", dict(experts=5, top_k=3)), ("llama", dict(fine=3)), ("llama", dict(family="qwen2_moe", every=2)), ("llama", dict(top_k=1, fine=2)), ("mistral", {}), ("mistral", dict(family="qwen2_moe", fine=4)),
-        ("qwen2", {}), ("qwen2", dict(fine=2, every=2)), ("qwen3", dict(every=2)), ("qwen3", dict(fine=4, top_k=4))]
+        ("qwen2", {}), ("qwen2", dict(fine=2, every=2)), ("qwen3", dict(every=2)), ("qwen3", dict(fine=4, top_k=4)), ("qwen2, windows", {}), ("qwen3, windows", {})]
 
 @pytest.mark.parametrize("kind,how", WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(f"{k}={x}" for k, x in v.items()))
 def test_upcycled_is_the_dense_model(kind, how, dense, tmp_path):
@@ -242,7 +243,7 @@ def test_refusals_of_upcycling(dense, tmp_path):
     no("cannot meet 5 of 4 experts; give a top_k of at most 4", top_k=5); no("experts cannot be 1;", experts=1); no("nets of width 48 cannot be cut into 5 pieces", fine=5)
     no("no sparse family for a llama 'qwen3_moe'|there is no sparse family for a llama 'qwen3_moe'", family="qwen3_moe"); no("noise cannot be -1", noise=-1.0)
     no("mixtral cannot have experts in one of 2 layers.*nearest is every=1", every=2); no("a token meets one whole expert", "t5"); no("cannot have experts in one of 3 layers if it has 4; the nearest is every=2", "t5", top_k=1, every=3)
-    no("top_k cannot be 0", top_k=0); no("top_k cannot be True", top_k=True)
+    no("a router of zeros", std=0); no("top_k cannot be 0", top_k=0); no("top_k cannot be True", top_k=True)
     def put(name, architecture, kw, **extra):
         make(architecture, kw).save_pretrained(tmp_path/name)
         (tmp_path/name/"config.json").write_text(json.dumps(json.loads((tmp_path/name/"config.json").read_text()) | extra))
@@ -305,12 +306,22 @@ def test_pruning_keeps_the_most_used_and_where_the_others_are_idle_the_function(
         gap = (told_by(out.path, dtype=torch.float32) - told_by(home/kind, dtype=torch.float32)).abs().max()
         assert (gap < 1e-5) == plan.notes["exact"] and plan.notes["promise"].startswith("the old" if renormalised else "not the old"), (keep, gap)
 
-def test_refusals_of_pruning_and_joining(skewed, dense):
+def test_pruning_a_switch_cuts_both_stacks(tmp_path):
+    m = make("SwitchTransformersForConditionalGeneration", SWITCH | dict(router_bias=True)); m.save_pretrained(tmp_path/"in")
+    source = Checkpoint(tmp_path/"in"); use = {t.name: [1, 5, 0, 3] for t in source.layout.find("router")}
+    plan = prune(source, use, 2); out = write(plan, {"source": source}, tmp_path/"switch")
+    assert not plan.notes["exact"] and plan.notes["lost"] == 1/9 and set(plan.notes["kept"]) == {"encoder@1", "decoder@1", "decoder@3"}
+    for t in out.layout.find("router*"): assert out.read(t.name).equal(source.read(t.name)[[1, 3]])
+    assert out.read("decoder.block.3.layer.2.mlp.experts.expert_1.wo.weight").equal(source.read("decoder.block.3.layer.2.mlp.experts.expert_3.wo.weight"))
+    told_by(out.path, dtype=torch.float32)
+
+def test_refusals_of_pruning_and_joining(skewed, dense, tmp_path):
     home, made = skewed; source = Checkpoint(home/"mixtral"); use = usage(made["mixtral"], [dict(input_ids=IDS)])
+    make("MixtralForCausalLM", MIXTRAL | dict(num_local_experts=5, intermediate_size=48, rms_norm_eps=0.1)).save_pretrained(tmp_path/"other"); other = Checkpoint(tmp_path/"other")
     for match, f in [("keep cannot be 1", lambda: prune(source, use, 1)), ("has 5 experts, and 5 are to stay; keep 2 to 4", lambda: prune(source, use, 5)), ("has no experts", lambda: prune(dense("llama"), use, 2)),
                      ("no counts are given for model.layers.0.block_sparse", lambda: prune(source, {}, 2)), ("has 5 experts, and 3 counts", lambda: prune(source, {n: c[:3] for n, c in use.items()}, 2)),
                      ("has no experts", lambda: usage(make("LlamaForCausalLM", LLAMA), [])), ("has no experts; upcycle", lambda: aggregate(source, dense("llama"))), ("cannot meet 11 of 10", lambda: aggregate(source, source, 11)),
-                     ("way with the rest 'sum'", lambda: aggregate(source, source, rest="sum")), ("differ in", lambda: aggregate(source, Checkpoint(home/"olmoe"))), ("no causal LM with experts", lambda: Sparse(make("LlamaForCausalLM", LLAMA))),
+                     ("way with the rest 'sum'", lambda: aggregate(source, source, rest="sum")), ("differ in", lambda: aggregate(source, Checkpoint(home/"olmoe"))), ("differ in rms_norm_eps; join two", lambda: aggregate(source, other)), ("no causal LM with experts", lambda: Sparse(make("LlamaForCausalLM", LLAMA))),
                      ("no causal LM with experts", lambda: Sparse(make("SwitchTransformersForConditionalGeneration", SWITCH))), ("balance cannot be -1", lambda: Sparse(made["mixtral"], balance=-1.0))]:
         with pytest.raises(Refusal, match=match) as e: f()
         assert "\n" not in str(e.value)
