@@ -6,13 +6,14 @@ from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
+from seqwarm.core.fresh import shrink
 from seqwarm.core.layout import layout
 from seqwarm.core.ledger import describe, flops
 from seqwarm.core.stages import Stage, chains, optimizer
+from seqwarm.core.train import train
 from seqwarm.core.write import build, write
 from seqwarm.methods.experts import aggregate, prune, upcycle
-from seqwarm.methods.router import Sparse, usage
-from seqwarm.core.train import train
+from seqwarm.methods.router import Sparse, random_selection, usage
 from train_small import given
 
 LLAMA = dict(vocab_size=50, hidden_size=16, intermediate_size=24, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2)
@@ -118,13 +119,20 @@ def test_experts_sleep_together_or_not_at_all():
     assert {n for n, p in m.named_parameters() if not p.requires_grad} == {n for n, _ in m.named_parameters() if "experts" in n or "post_attention" in n}
     optimizer(m, lay, chain("router@1", "ffn.down"))
     assert {n for n, p in m.named_parameters() if not p.requires_grad} == {"model.layers.1.mlp.gate.weight", *(f"model.layers.{i}.mlp.experts.down_proj" for i in range(3))}
+    whole = Sparse(m); optimizer(whole, whole.layout, chain("ffn.down"))                          # also inside a module that holds it
+    assert {n for n, p in whole.named_parameters() if not p.requires_grad} == {f"main.model.layers.{i}.mlp.experts.down_proj" for i in range(3)}
     with pytest.raises(Refusal, match="experts.0.w3.weight can't but sleep as well: in memory it is one parameter"): optimizer(m, lay, chain("ffn.gate"))
+
+def test_shrinking_scales_the_experts_once():
+    m = make("Qwen3MoeForCausalLM", QWEN | dict(decoder_sparse_step=2)); old = {n: x.clone() for n, x in m.state_dict().items()}
+    for n, x in shrink(m).state_dict().items(): assert torch.allclose(x, old[n]*(6**-0.5 if "down_proj" in n or "o_proj" in n else 1)), n
 
 # ---- upcycling
 
 NET = LLAMA | dict(intermediate_size=48)
 DENSE = {"llama": ("LlamaForCausalLM", NET | dict(rope_theta=3000.0, rms_norm_eps=1e-4)), "mistral": ("MistralForCausalLM", NET | dict(head_dim=6, sliding_window=5)),
-         "qwen2": ("Qwen2ForCausalLM", NET | dict(tie_word_embeddings=True)), "qwen3": ("Qwen3ForCausalLM", NET | dict(head_dim=6, attention_bias=True)), "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=4))}
+         "qwen2": ("Qwen2ForCausalLM", NET | dict(tie_word_embeddings=True)), "qwen3": ("Qwen3ForCausalLM", NET | dict(head_dim=6, attention_bias=True)), "t5": ("T5ForConditionalGeneration", T5 | dict(num_layers=4)),
+         "qwen2, windows": ("Qwen2ForCausalLM", NET | dict(use_sliding_window=True, sliding_window=4, max_window_layers=1)), "qwen3, windows": ("Qwen3ForCausalLM", NET | dict(use_sliding_window=True, sliding_window=4, max_window_layers=0))}
 IDS = torch.randint(3, 50, (2, 11), generator=torch.Generator().manual_seed(1))
 
 @pytest.fixture(scope="module")
@@ -156,7 +164,7 @@ def told_by(path, patched=False, dtype=torch.float64):
     with torch.no_grad(): return (exact64(m) if patched else m)(input_ids=IDS, **(dict(decoder_input_ids=IDS.flip(1)) if two else {})).logits
 
 WAYS = [("llama", {}), ("llama", dict(experts=5, top_k=3)), ("llama", dict(fine=3)), ("llama", dict(family="qwen2_moe", every=2)), ("llama", dict(top_k=1, fine=2)), ("mistral", {}), ("mistral", dict(family="qwen2_moe", fine=4)),
-        ("qwen2", {}), ("qwen2", dict(fine=2, every=2)), ("qwen3", dict(every=2)), ("qwen3", dict(fine=4, top_k=4))]
+        ("qwen2", {}), ("qwen2", dict(fine=2, every=2)), ("qwen3", dict(every=2)), ("qwen3", dict(fine=4, top_k=4)), ("qwen2, windows", {}), ("qwen3, windows", {})]
 
 @pytest.mark.parametrize("kind,how", WAYS, ids=lambda v: v if isinstance(v, str) else "-".join(f"{k}={x}" for k, x in v.items()))
 def test_upcycled_is_the_dense_model(kind, how, dense, tmp_path):
@@ -235,7 +243,7 @@ def test_refusals_of_upcycling(dense, tmp_path):
     no("cannot meet 5 of 4 experts; give a top_k of at most 4", top_k=5); no("experts cannot be 1;", experts=1); no("nets of width 48 cannot be cut into 5 pieces", fine=5)
     no("no sparse family for a llama 'qwen3_moe'|there is no sparse family for a llama 'qwen3_moe'", family="qwen3_moe"); no("noise cannot be -1", noise=-1.0)
     no("mixtral cannot have experts in one of 2 layers.*nearest is every=1", every=2); no("a token meets one whole expert", "t5"); no("cannot have experts in one of 3 layers if it has 4; the nearest is every=2", "t5", top_k=1, every=3)
-    no("top_k cannot be 0", top_k=0); no("top_k cannot be True", top_k=True)
+    no("a router of zeros", std=0); no("top_k cannot be 0", top_k=0); no("top_k cannot be True", top_k=True)
     def put(name, architecture, kw, **extra):
         make(architecture, kw).save_pretrained(tmp_path/name)
         (tmp_path/name/"config.json").write_text(json.dumps(json.loads((tmp_path/name/"config.json").read_text()) | extra))
@@ -298,12 +306,22 @@ def test_pruning_keeps_the_most_used_and_where_the_others_are_idle_the_function(
         gap = (told_by(out.path, dtype=torch.float32) - told_by(home/kind, dtype=torch.float32)).abs().max()
         assert (gap < 1e-5) == plan.notes["exact"] and plan.notes["promise"].startswith("the old" if renormalised else "not the old"), (keep, gap)
 
-def test_refusals_of_pruning_and_joining(skewed, dense):
+def test_pruning_a_switch_cuts_both_stacks(tmp_path):
+    m = make("SwitchTransformersForConditionalGeneration", SWITCH | dict(router_bias=True)); m.save_pretrained(tmp_path/"in")
+    source = Checkpoint(tmp_path/"in"); use = {t.name: [1, 5, 0, 3] for t in source.layout.find("router")}
+    plan = prune(source, use, 2); out = write(plan, {"source": source}, tmp_path/"switch")
+    assert not plan.notes["exact"] and plan.notes["lost"] == 1/9 and set(plan.notes["kept"]) == {"encoder@1", "decoder@1", "decoder@3"}
+    for t in out.layout.find("router*"): assert out.read(t.name).equal(source.read(t.name)[[1, 3]])
+    assert out.read("decoder.block.3.layer.2.mlp.experts.expert_1.wo.weight").equal(source.read("decoder.block.3.layer.2.mlp.experts.expert_3.wo.weight"))
+    told_by(out.path, dtype=torch.float32)
+
+def test_refusals_of_pruning_and_joining(skewed, dense, tmp_path):
     home, made = skewed; source = Checkpoint(home/"mixtral"); use = usage(made["mixtral"], [dict(input_ids=IDS)])
+    make("MixtralForCausalLM", MIXTRAL | dict(num_local_experts=5, intermediate_size=48, rms_norm_eps=0.1)).save_pretrained(tmp_path/"other"); other = Checkpoint(tmp_path/"other")
     for match, f in [("keep cannot be 1", lambda: prune(source, use, 1)), ("has 5 experts, and 5 are to stay; keep 2 to 4", lambda: prune(source, use, 5)), ("has no experts", lambda: prune(dense("llama"), use, 2)),
                      ("no counts are given for model.layers.0.block_sparse", lambda: prune(source, {}, 2)), ("has 5 experts, and 3 counts", lambda: prune(source, {n: c[:3] for n, c in use.items()}, 2)),
                      ("has no experts", lambda: usage(make("LlamaForCausalLM", LLAMA), [])), ("has no experts; upcycle", lambda: aggregate(source, dense("llama"))), ("cannot meet 11 of 10", lambda: aggregate(source, source, 11)),
-                     ("way with the rest 'sum'", lambda: aggregate(source, source, rest="sum")), ("differ in", lambda: aggregate(source, Checkpoint(home/"olmoe"))), ("no causal LM with experts", lambda: Sparse(make("LlamaForCausalLM", LLAMA))),
+                     ("way with the rest 'sum'", lambda: aggregate(source, source, rest="sum")), ("differ in", lambda: aggregate(source, Checkpoint(home/"olmoe"))), ("differ in rms_norm_eps; join two", lambda: aggregate(source, other)), ("no causal LM with experts", lambda: Sparse(make("LlamaForCausalLM", LLAMA))),
                      ("no causal LM with experts", lambda: Sparse(make("SwitchTransformersForConditionalGeneration", SWITCH))), ("balance cannot be -1", lambda: Sparse(made["mixtral"], balance=-1.0))]:
         with pytest.raises(Refusal, match=match) as e: f()
         assert "\n" not in str(e.value)
@@ -328,6 +346,20 @@ def test_a_model_joined_with_itself_is_itself_if_it_meets_twice_as_many(skewed, 
     assert (told_by(out.path) - told_by(home/"mixtral")).abs().max() < 1e-5
 
 # ---- training
+
+def test_random_selection_drops_as_many_and_those_of_the_end_no_more_often(tmp_path):
+    m = make("SwitchTransformersEncoderModel", SWITCH | dict(num_sparse_encoder_layers=1, expert_capacity=3, router_jitter_noise=0.0, dropout_rate=0.0))
+    routers, seen = [x for x in m.modules() if hasattr(x, "expert_capacity")], []
+    routers[0].register_forward_hook(lambda _, i, o: seen.append(o[0].sum(-1).float()))
+    feed = lambda n: [m(input_ids=torch.randint(3, 50, (4, 24), generator=torch.Generator().manual_seed(i))) for i in range(n)]
+    with torch.no_grad():
+        m.train(); feed(30); by_place = torch.cat(seen).mean(0); kept = by_place.sum(); seen.clear()
+        handles = len(routers[0]._forward_hooks); random_selection(m); assert len(routers[0]._forward_hooks) == handles + 1
+        routers[0]._forward_hooks.move_to_end(next(iter(routers[0]._forward_hooks)))          # ours looks at what comes out in the end
+        feed(30); drawn = torch.cat(seen).mean(0)
+    assert drawn.sum() == pytest.approx(kept.item(), rel=1e-6) and by_place[:3].min() == 1 and by_place[-6:].mean() < 0.5*by_place[:6].mean() and abs(drawn[-6:].mean() - drawn[:6].mean()) < 0.12
+    m.save_pretrained(tmp_path); assert set(load_file(tmp_path/"model.safetensors")) == set(layout(m.config, "SwitchTransformersEncoderModel").stored())
+    with pytest.raises(Refusal, match="no experts whose capacity is limited"): random_selection(make("MixtralForCausalLM", MIXTRAL))
 
 def test_the_losses_of_a_router_are_the_formulas():
     "Against HF's balance for a single layer, which it pools, and the z-loss by hand; sums over parts make the whole's means but for the balance."

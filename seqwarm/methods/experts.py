@@ -63,7 +63,7 @@ def _config(dense: Layout, family: str, experts: int, top_k: int, every: int, fi
     if family == _SWITCH:
         sparse = {f"num_sparse_{s}_layers": c[n]//every for s, n in (("encoder", "num_layers"), ("decoder", "num_decoder_layers"))}
         return config | sparse | dict(num_experts=experts, encoder_sparse_step=every, decoder_sparse_step=every, expert_capacity=_AMPLE,
-                                      router_jitter_noise=0.0, tie_word_embeddings=c["scale_decoder_outputs"])
+                                      router_jitter_noise=0.0, tie_word_embeddings=c.get("scale_decoder_outputs", True))
     width, windows = dense.size("ffn")//fine, _windows(dense)
     config[next(k for k in ("num_experts", "num_local_experts") if k in own)] = experts*fine
     config["num_experts_per_tok"] = top_k*fine
@@ -137,7 +137,8 @@ def upcycle(source: Checkpoint,            # a dense model: llama, mistral, qwen
     dense, family = source.layout, _family(source, family)
     _numbers(dense, family, experts, top_k, every, fine)
     std = std if std is not None else 1e-4 if family == _SWITCH else 0.02
-    number("std", std, 0, float); number("noise", noise, 0, float); number("seed", seed)
+    if not number("std", std, 0, float): raise Refusal("a router of zeros cannot choose", "give a std above 0")
+    number("noise", noise, 0, float); number("seed", seed)
     config = _config(dense, family, experts, top_k, every, fine)
     of = {(t.role, t.stack, t.layer): dense.storage(t) for t in dense.tensors.values()}
     end = dense.table.architectures(dense.config["model_type"])[source.architecture]
@@ -199,8 +200,12 @@ def prune(source: Checkpoint,                        # with experts
                 kept={f"{stack}@{layer}": e for (stack, layer), e in stay.items()}))
 
 # %% ../../nbs/methods/70_experts.ipynb #8b03433f
+_FREE = ("num_experts", "num_local_experts", "num_experts_per_tok", "dtype", "transformers_version", "use_cache", "output_router_logits",
+         "router_aux_loss_coef", "router_z_loss_coef", "router_jitter_noise", "expert_capacity", "max_position_embeddings",
+         "attention_dropout", "dropout_rate", "initializer_range")     # in which two models may differ and yet be joined
+
 def aggregate(first: Checkpoint,            # with experts
-              second: Checkpoint,           # of the same family and sizes; its number of experts may differ
+              second: Checkpoint,           # of the same family and config; its number of experts may differ
               top_k: int | None = None,     # of the result; by default the first's
               rest: str = "mean",           # mean | first: what is no expert's
               ) -> Plan:                    # for sources {"first": first, "second": second}
@@ -210,7 +215,8 @@ def aggregate(first: Checkpoint,            # with experts
         if not _sparse(of.layout): raise Refusal(f"{of.origin} has no experts", "upcycle it first")
     if rest not in ("mean", "first"): raise unknown("way with the rest", rest, ("mean", "first"))
     E, F = a.sizes["experts"], b.sizes["experts"]
-    other = [k for k in a.sizes.keys() | b.sizes.keys() if k not in ("experts", "top_k") and a.sizes.get(k) != b.sizes.get(k)]
+    free = lambda k: k.endswith("_token_id") or k in _FREE
+    other = [k for k in a.config.keys() | b.config.keys() if not free(k) and a.config.get(k) != b.config.get(k)]
     if a.family != b.family or a.architecture != b.architecture or other or first.untied != second.untied:
         raise Refusal(f"{first.origin} and {second.origin} differ in {min(other, default='their classes')}", "join two models of one shape")
     new = _with(a, E + F)
