@@ -28,12 +28,10 @@ from transformers.utils import logging as hf_logging
 from seqwarm.core.corpus import Corpus, documents, parse
 from seqwarm.core.feed import Feed
 from seqwarm.core.layout import layout
-from seqwarm.core.ledger import flops
 from seqwarm.core.masked import Masked
-from seqwarm.core.objectives import _asked
 from seqwarm.core.record import environment
 from seqwarm.core.stages import Stage, asleep, chains, optimizer
-from seqwarm.core.train import _Loop
+from seqwarm.core.train import _Loop, costs
 from seqwarm.core.vocab import train_tokenizer
 from seqwarm.methods.metro import pair
 from seqwarm.methods.offline import Kept, Offline, propose
@@ -82,7 +80,7 @@ def arm(name: str, kind: str, sizes: tuple[int, ...], given: tuple, acc: Acceler
         loss, _ = _Loop.update(loop, model, adamw, feed, i, [chain.lr_at(i)])
         loss.item()
         return clock() - begun
-    return step, flops(lay, sizes[-1], frozen=idle, asked=None if name == "whole" else _asked("metro", sizes[-1]))
+    return step, costs(lay, chain.stages[0], sizes[-1], 1)[0].flops
 
 def fill(kind: str, sizes: tuple[int, ...], given: tuple, folder: str) -> Kept:
     "A round's proposals."

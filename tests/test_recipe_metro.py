@@ -11,6 +11,7 @@ from seqwarm.core.ledger import lineage
 from seqwarm.core.masked import Masked
 from seqwarm.core.noise import Draws
 from seqwarm.core.objectives import objective
+from seqwarm.core.record import settings
 from seqwarm.core.stages import chains, optimizer
 from seqwarm.core.text import Text
 from seqwarm.recipes.metro import (_FATES, Models, _encoder, _exited, _lead, _points, _step_flops, _whose, claims_of, compared, measure, proposals, reopened,
@@ -152,3 +153,8 @@ def test_runs_are_set_beside_by_their_lead():
     record = lambda more, **p: dict(parameters=dict(name=str(p), steps=10, seeds=[0]) | p, table=table(mlm=[50.0, 51.0], metro=[50.0 + more, 51.0 + more]).to_dict("records"))
     got = compared([record(-2.0, steps=20), record(3.0)])
     assert got.groupby("setting", sort=False).value.first().to_dict() == {"steps 20": -2.0, "this run": 3.0} and set(got.arm) == {"metro"} and len(got) == 4
+
+def test_what_is_off_makes_no_setting():
+    "A record of before these parameters is of the same setting."
+    p = vars(sized("smoke", **WISH)); off = ("ramp", "prior", "auxiliary_rate", "exit_every", "exit_threshold", "exit_by", "exit_flops")
+    assert settings([{k: x for k, x in p.items() if k not in off}, p])[0] == "this run"

@@ -56,7 +56,6 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     if scale not in _SIZES: raise unknown("scale", scale, _SIZES)
     p = SimpleNamespace(**{k: None for k in wishes} | _SIZES[scale] | {k: v for k, v in wishes.items() if v is not None})
     if p.auxiliary is None: p.auxiliary = max(1, round(p.layers/3))
-    if p.exit_every is None: p.exit_every = min(2, max(1, p.layers//2))
     _check(p)
     p.text, p.valid = with_words(p.text, p.words), p.valid and with_words(p.valid, p.words)
     return p
@@ -105,13 +104,15 @@ def _check_swept(p: SimpleNamespace) -> None:
     if not any(map(_leaves, p.arms)): return
     if not p.rtd: raise Refusal("tokens leave by what detection says, and its weight is 0", "leave out the arms with +exit")
     Early(p.rtd, **_exits(p))
-    if p.exit_every >= p.layers: raise Refusal(f"parameter exit_every cannot be {p.exit_every}", f"give less than the {p.layers} layers")
+    if (every := _exits(p)["every"]) >= p.layers:
+        raise Refusal(f"parameter exit_every cannot be {every}", f"give less than the {p.layers} layers")
 
 def _leaves(arm: str) -> bool: return arm.endswith("+exit")
 
 def _exits(p: SimpleNamespace) -> dict[str, Any]:
     "How tokens leave an encoder."
-    return dict(every=p.exit_every, threshold=0.95 if p.exit_threshold is None else p.exit_threshold, by=p.exit_by or "token")
+    every = min(2, max(1, p.layers//2)) if p.exit_every is None else p.exit_every
+    return dict(every=every, threshold=0.95 if p.exit_threshold is None else p.exit_threshold, by=p.exit_by or "token")
 
 # %% ../../nbs/recipes/30_metro.ipynb #549fc109
 def _step_flops(p: SimpleNamespace, module: Masked | Pair) -> int:
