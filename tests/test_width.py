@@ -20,7 +20,8 @@ class Case:
     def __str__(self): return "-".join([self.kind, "tied" if self.tied else "untied", *([self.architecture] if self.architecture else []), *map(str, self.more)])
     def make(self): return model(self.kind, D, False, self.tied, 3, self.architecture, **self.more)
 
-CASES = [Case(k, t) for k in FAMILIES for t in (True, False)] + [
+SPARSE = {"mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "switch_transformers"}                          # refused: grow first, and upcycle then
+CASES = [Case(k, t) for k in FAMILIES if k not in SPARSE for t in (True, False)] + [
     Case("llama", more=dict(num_key_value_heads=2, attention_bias=True, mlp_bias=True)), Case("llama", more=dict(num_attention_heads=4, num_key_value_heads=2)),
     Case("opt", more=dict(word_embed_proj_dim=D)), Case("opt", more=dict(word_embed_proj_dim=D, do_layer_norm_before=False)),
     Case("electra", more=dict(embedding_size=D)), Case("electra", architecture="ElectraForPreTraining"), Case("bert", architecture="BertForSequenceClassification"),
@@ -47,7 +48,7 @@ def promises(case: Case) -> dict[str, tuple[dict, str]]:
              "half more, lemon": (dict(hidden=D + D//2, method="lemon") | head, EXACT if pre else REFUSED),
              "twice, lemon": (dict(hidden=2*D, method="lemon"), EXACT if pre else REFUSED),
              "half more, silent": (dict(hidden=D + D//2, method="zero") | head, EXACT if k in RMS else REFUSED),
-             "twice, aki": (dict(hidden=2*D, method="aki"), CHANGED)}
+             "twice, aki": (dict(hidden=2*D, method="aki"), CHANGED), "twice, direct": (dict(hidden=2*D, method="direct"), CHANGED)}
     if case.tied and not c and not case.architecture: return found
     return {name: found[name] for name in ("twice", "half more, lemon", *(["heads", "ffn"] if c else []))}      # what a head or a config changes
 

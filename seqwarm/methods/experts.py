@@ -148,7 +148,8 @@ def upcycle(source: Checkpoint,            # a dense model: llama, mistral, qwen
     if idle := [t for n, t in dense.stored().items() if n not in used and n in source.names]:
         raise Refusal(f"{family} has no place for {idle[0].name} ({idle[0].role})", "give a model without it")
     notes = dict(family=family, experts=experts*fine, top_k=top_k*fine, every=every, fine=fine, exact=family != _SWITCH and not noise,
-                 promise=_promise(family, experts, fine, noise, std), untrained=[r.target for r in rows if not r.sources])
+                 promise=(said := _promise(family, experts, fine, noise, std)), untrained=[r.target for r in rows if not r.sources])
+    notes |= dict(ways=[f"{experts*fine} experts, {top_k*fine} a token"], why=[] if notes["exact"] else [said], train=["router"])
     about = {"source": {"name": source.name, "architecture": source.architecture}}
     return Plan("upcycle", new.config, new.architecture, rows, {}, about, {}, seed, source.generation, _untied(source, new), _dtype(source),
                 notes)

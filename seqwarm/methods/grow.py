@@ -40,14 +40,15 @@ def grow(source: Checkpoint,
     return replace(plan, recipe="grow", notes=plan.notes | dict(ways=[w for w, g in zip((wide, deep), grows) if g]))
 
 # %% ../../nbs/methods/80_grow.ipynb #178a8ba1
-def told(plan: Plan) -> list[str]:   # of `grow`
+def told(plan: Plan) -> list[str]:   # of `grow`, or of `methods.experts.upcycle`
     "What a plan will do, in a few lines."
     n, ops, new = plan.notes, plan.summary()["operations"], plan.layout
     size = f"{' + '.join(map(str, new.layers.values()))} layers x {new.size('hidden')}"
     size += f", {sum(t.size for t in new.stored().values()):,} parameters"
+    doubts = "; ".join(n.get("why", [])) or "layers were added that do something"
     first = [f"{plan.architecture} by {' and '.join(n['ways'])}: {size}",
-             "the function is kept" if n["exact"] else f"the function is not kept: {n.get('why') or 'layers were added that do something'}"]
-    added = [f"new layers: {', '.join(n['train'])}"] if n.get("train") else []
+             "the function is kept" if n["exact"] else f"the function is not kept: {doubts}"]
+    added = [f"new, and to be trained: {', '.join(n['train'])}"] if n.get("train") else []
     return first + added + ["tensors: " + ", ".join(f"{op} {x['tensors']} ({x['parameters']:,} numbers)" for op, x in ops.items())]
 
 # %% ../../nbs/methods/80_grow.ipynb #ea4c1a10
@@ -62,7 +63,7 @@ def _seen(models: list[torch.nn.Module], ids: torch.Tensor) -> list[Any]:
     two = dict(labels=ids) if models[0].config.is_encoder_decoder else {}
     with torch.no_grad(): return [m(input_ids=ids, attention_mask=torch.ones_like(ids), **two).logits for m in models]
 
-def receipt(plan: Plan,              # of `grow`
+def receipt(plan: Plan,              # of `grow`, or of `methods.experts.upcycle`
             source: Checkpoint,
             grown: Checkpoint,       # what the plan made of it
             text: str | None = None, # corpus string, for the loss
@@ -70,7 +71,7 @@ def receipt(plan: Plan,              # of `grow`
             ) -> dict[str, Any]:     # JSON
     "Old and new on the same tokens: what was promised, what was measured, what is to be trained."
     n = plan.notes
-    found = dict(recipe=plan.recipe, ways=n["ways"], exact=n["exact"], new_layers=n.get("train", []), fingerprint=plan.fingerprint)
+    found = dict(recipe=plan.recipe, ways=n["ways"], exact=n["exact"], to_train=n.get("train", []), fingerprint=plan.fingerprint)
     models = _models(source, grown)
     if models[0].get_output_embeddings() is None: return found | dict(measured="nothing: a model without a head says nothing")
     V, ids = models[0].config.vocab_size, torch.Generator().manual_seed(plan.seed)

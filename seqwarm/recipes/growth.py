@@ -31,7 +31,7 @@ from ..core.train import Trained, train
 from ..core.write import write
 from ..methods.depth import DEPTHS
 from ..methods.grow import grow
-from ..methods.width import METHODS as WIDTHS
+from ..methods.width import WIDTHS
 
 # %% ../../nbs/recipes/40_growth.ipynb #c2df7526
 _SIZES = {
