@@ -37,7 +37,7 @@ def main(which: str, store: str, data: str = "data") -> None:
         for seed, arm in ((s, a) for s in p.seeds for a in p.arms):
             found = measure(Models(p, Path(store), texts[key], seed), arm)
             probes = {k: v for k, v in found.items() if "/" in k}
-            row = dict(text=which) | {k: v for k, v in wish.items() if k not in ("arms", "seeds")}
+            row = dict(text=which) | {f"wish_{k}": v for k, v in wish.items() if k not in ("arms", "seeds")}
             row |= {k: v for k, v in found.items() if k not in probes}
             awake = {k: v for k, v in probes.items() if ", frozen/" not in k}
             row |= dict(points=pd.Series(probes).mean(), tuned=pd.Series(awake).mean())
