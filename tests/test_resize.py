@@ -1,5 +1,4 @@
 "The layout of a model of another size: what each family's sizes become, beside a model of transformers that is made of them, and what cannot be."
-from functools import cache
 import pytest, torch, transformers as hf
 from families import FAMILIES
 from seqwarm.core.errors import Refusal
@@ -12,7 +11,6 @@ GROUPS = FREE - {"t5", "mt5", "switch_transformers"} | {"qwen2_moe", "olmoe"}
 DIVIDED = {"llama", "gemma2", "gemma3_text"}    # their class wants whole parts of the hidden size though it does not read them
 NO_FFN = {"bloom"}
 
-@cache
 def small(kind: str, **more) -> Layout:
     architecture, sizes, *_ = FAMILIES[kind]
     ids = {f"{r}_token_id": 1 for r in ("bos", "eos", "pad", "cls", "sep")}
@@ -83,7 +81,7 @@ def test_heads_that_do_not_fill_the_state_stay_and_a_class_may_want_it_divided()
     assert says(small("bert"), hidden=50, heads=3) == "3 heads of 12 are not the 50 of the hidden size, as bert wants it; give a hidden size of 36"
 
 def test_key_value_heads_that_are_not_said_are_as_many_as_heads():
-    for kind in ("llama", "mistral", "qwen2", "olmo2", "olmoe"):
+    for kind in ("llama", "olmo2"):
         old = small(kind, num_key_value_heads=None)
         assert old.config["num_key_value_heads"] == 2 and heads(resized(old, hidden=2*D), "kv_heads") == 4, kind
 

@@ -6,7 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../../nbs/batch/40_cli.ipynb #7d91b2f4
-import json, os, shutil, signal, sys
+import json, os, re, shutil, signal, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -202,13 +202,14 @@ def _grow(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The smal
 
 def _enlarge(source: str, out: str | None, architecture: str | None, check: bool, text: str | None, dry_run: bool, planned: Callable) -> None:
     "Tell what a plan makes of a checkpoint, do it, and compare both."
-    if text and not check: raise Refusal("a text is given, and nothing is to be checked on it", "add --check")
+    if text is not None and not check: raise Refusal("a text is given, and nothing is to be checked on it", "add --check")
     _ready({"source": source}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
     from seqwarm.core.vocab import beside
     from seqwarm.core.write import write
-    from seqwarm.methods.grow import receipt, told
+    from seqwarm.methods.grow import loss_on, receipt, told
     plan = planned(small := Checkpoint(source, architecture))
+    if text is not None: loss_on(small, text)     # what cannot be measured is refused before anything is written
     _show(told(plan))
     if dry_run: return
     _say(f"writing {out}")
@@ -223,10 +224,9 @@ def _layers(order: str) -> list[int]:
     "The layers that '0-11,4-15' names, in their order."
     found = []
     for part in order.split(","):
-        first, dash, last = (x.strip() for x in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise Refusal(f"{order!r} is no order of layers", "write it as 0-11,4-15")
-        found += range(int(first), int(last or first) + 1)
+        m = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if not m or int(m[2] or m[1]) < int(m[1]): raise Refusal(f"{order[:40]!r} is no order of layers", "write it as 0-11,4-15")
+        found += range(int(m[1]), int(m[2] or m[1]) + 1)
     return found
 
 # %% ../../nbs/batch/40_cli.ipynb #a1c04e14

@@ -113,9 +113,8 @@ def resized(lay: Layout,
             layers: Mapping[str, list[int]] | None = None,   # stack -> for each new layer the one that it comes from
             ) -> Layout:                    # of the same class; its config is the new model's
     "The layout of a model of another size, or a refusal with the nearest that can be."
-    c, D = lay.config, lay.size("hidden")
     if lay.table.halves: raise Refusal(f"{lay.architecture} is two models in one", "grow each of them, and graft them anew")
-    new = _grown(lay, "hidden", hidden, Fraction(1))
+    c, D, new = lay.config, lay.size("hidden"), _grown(lay, "hidden", hidden, Fraction(1))
     [width] = new.values()
     if any(x is not None for x in (hidden, heads, kv_heads, ffn)):
         new |= _heads(lay, heads, kv_heads, width) | _grown(lay, "ffn", ffn, Fraction(width, D))
