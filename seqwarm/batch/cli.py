@@ -200,7 +200,8 @@ def _grow(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The smal
         return grow(small, hidden_size, num_heads, num_kv_heads, intermediate_size, num_layers, width, depth, layers, seed)
     _enlarge(source, out, architecture, check, text, dry_run, grown)
 
-def _enlarge(source: str, out: str | None, architecture: str | None, check: bool, text: str | None, dry_run: bool, planned: Callable) -> None:
+def _enlarge(source: str, out: str | None, architecture: str | None, check: bool, text: str | None, dry_run: bool,
+             planned: Callable) -> None:
     "Tell what a plan makes of a checkpoint, do it, and compare both."
     if text is not None and not check: raise Refusal("a text is given, and nothing is to be checked on it", "add --check")
     _ready({"source": source}, out, dry_run)
@@ -235,7 +236,8 @@ def _upcycle(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A den
              out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the model with experts.")] = None,
              experts: Annotated[int, typer.Option(help="In each layer that has any.")] = 8,
              top_k: Annotated[int, typer.Option(help="That work on a token.")] = 2,
-             family: Annotated[str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or switch_transformers; by default the nearest.")] = None,
+             family: Annotated[str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or switch_transformers; by default "
+                                                             "the nearest.")] = None,
              every: Annotated[int, typer.Option(help="One layer in so many has experts.")] = 1,
              fine: Annotated[int, typer.Option(help="Parts into which the feed-forward net is cut, each an expert.")] = 1,
              noise: Annotated[float, typer.Option(help="On the copies, as a share of their deviation.")] = 0.0,
@@ -245,11 +247,10 @@ def _upcycle(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A den
              seed: Annotated[int, typer.Option(help="Of the routers.")] = 0,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False) -> None:
     "Write a model with experts that begins as a dense one."
-    _enlarge(source, out, architecture, check, text, dry_run, lambda small: _upcycled(small, experts, top_k, family, every, fine, noise, seed))
-
-def _upcycled(small, experts: int, top_k: int, family: str | None, every: int, fine: int, noise: float, seed: int):
-    from seqwarm.methods.experts import upcycle
-    return upcycle(small, experts, top_k, family, every=every, fine=fine, noise=noise, seed=seed)
+    def sparse(small):
+        from seqwarm.methods.experts import upcycle
+        return upcycle(small, experts, top_k, family, every=every, fine=fine, noise=noise, seed=seed)
+    _enlarge(source, out, architecture, check, text, dry_run, sparse)
 
 # %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")

@@ -38,13 +38,14 @@ def _grown(lay: Layout, axis: str, asked: int | None, ratio: Fraction) -> dict[s
 def _heads(lay: Layout, heads: int | None, kv_heads: int | None, hidden: int) -> dict[str, int]:
     "Numbers of heads, with the head size that they keep."
     c, D, kind = lay.config, lay.size("hidden"), lay.config["model_type"]
-    own = "d_kv" if "d_kv" in c else "head_dim" if "head_dim" in c or kind in ("qwen2", "olmo2") else None    # these read it, if it is there
+    own = "d_kv" if "d_kv" in c else "head_dim" if "head_dim" in c or kind in ("qwen2", "olmo2") else None   # these read it
     new = _grown(lay, "heads", heads, Fraction(1))
     size = {k: lay.sizes.get("head", lay.sizes.get(f"{k.split('_')[0]}.head")) for k in new}
     for k, n in new.items():
         head, full = size[k], c[k]*size[k] == D
         if heads is None and full:
-            if hidden % head: raise Refusal(f"a hidden size of {hidden} cannot be cut into heads of {head}", f"give {_multiples(hidden, head)}")
+            if hidden % head:
+                raise Refusal(f"a hidden size of {hidden} cannot be cut into heads of {head}", f"give {_multiples(hidden, head)}")
             new[k] = hidden//head
         elif own is None and n*head != hidden:
             fit = f"{hidden//head} heads, or " if hidden % head == 0 else ""

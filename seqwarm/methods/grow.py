@@ -74,11 +74,13 @@ def loss_on(source: Checkpoint,      # the small model
     "How a model of this kind is measured on a text, in nats a token; refused where it cannot be."
     lay, tokenizer = source.layout, load_tokenizer(source.path)
     if not _speaks(lay) or lay.find("pooler.next"):
-        raise Refusal(f"a {source.architecture} does not learn from the tokens of a text alone", "leave the text out, or name another architecture")
+        raise Refusal(f"a {source.architecture} does not learn from the tokens of a text alone",
+                      "leave the text out, or name another architecture")
     corpus = Corpus(text, tokenizer, _length(lay, length), "all")
     two = "denoise" if tokenizer.mask_token_id is not None else "spans"
     ask = objective(two if "decoder" in lay.layers else "mlm?rows=whole" if "MaskedLM" in source.architecture else "causal")
-    ask(first := corpus.sample(np.arange(1)), Draws(0, 0, first.samples), AutoConfig.from_pretrained(source.path), tokenizer)    # is all there?
+    first = corpus.sample(np.arange(1))
+    ask(first, Draws(0, 0, first.samples), AutoConfig.from_pretrained(source.path), tokenizer)      # refuses what cannot be asked
     acc = Accelerator(cpu=not torch.accelerator.is_available())
     return lambda model: measured(model.to(acc.device), corpus, ask, tokenizer, min(rows, len(corpus)), accelerator=acc)["loss"]
 

@@ -37,7 +37,7 @@ from ..methods.width import WIDTHS
 # %% ../../nbs/recipes/40_growth.ipynb #c2df7526
 _SIZES = {
     "smoke": dict(words=30_000, vocab=400, length=32, batch=8, width=64, layers=2, small_width=32, small_layers=1, small_steps=30, steps=24,
-                  shares=[0.5], rates=[4e-3], arms=["fpi+interpolate", "aki+stack"]),
+                  shares=[0.5], rates=[4e-3], arms=["fpi+interpolate", "direct+stack"]),
     "demo": dict(words=2_000_000, vocab=500, length=64, batch=16, width=64, layers=4, small_width=32, small_layers=2, small_steps=3000,
                  steps=2000, shares=[0.55], rates=[2e-3, 4e-3],
                  arms=["direct+interpolate", "fpi+interpolate", "fpi+stack", "aki+interpolate", "lemon+identity"]),
@@ -90,7 +90,7 @@ def _check(p: SimpleNamespace) -> None:
         if _ways(arm)[2] and p.layers < 2: raise Refusal(f"the arm {arm} trains upper layers first, and there is one", "give more layers")
         for way, does, axis, known in zip(_ways(arm)[:2], grows, ("width", "depth"), (WIDTHS, DEPTHS)):
             if does and way is None: raise Refusal(f"the arm {arm} does not say how to grow in {axis}", f"add one of {', '.join(known)}")
-            if p.kind in _FORBIDDEN.get(way, ()): raise Refusal(f"the norms of a {p.kind} stand in the way of {way}", "take another way to grow")
+            if p.kind in _FORBIDDEN.get(way, ()): raise Refusal(f"the norms of a {p.kind} stand in the way of {way}", "take another")
             if way and not does: raise Refusal(f"the arm {arm} grows in {axis}, and both models have the same", f"leave {way} out")
 
 # %% ../../nbs/recipes/40_growth.ipynb #e43bb86a
@@ -180,7 +180,8 @@ def _top_first(stages: list[Stage], lower: tuple[str, ...]) -> list[Stage]:
     for s in stages:
         n = min(s.steps, left); left -= n
         if n: parts.append(replace(s, steps=n, frozen=lower))
-        if n < s.steps: parts.append(replace(s, steps=s.steps - n, continues=bool(parts), warmup=stages[0].warmup))    # what wakes is warmed up
+        if n < s.steps:      # what wakes is warmed up
+            parts.append(replace(s, steps=s.steps - n, continues=bool(parts), warmup=stages[0].warmup))
     return parts
 
 # %% ../../nbs/recipes/40_growth.ipynb #bebb0942
