@@ -6,7 +6,7 @@
 __all__ = ['app', 'main']
 
 # %% ../../nbs/batch/40_cli.ipynb #7d91b2f4
-import json, os, shutil, signal, sys
+import json, os, re, shutil, signal, sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -203,13 +203,14 @@ def _grow(source: Annotated[str, typer.Argument(metavar="SOURCE", help="The smal
 def _enlarge(source: str, out: str | None, architecture: str | None, check: bool, text: str | None, dry_run: bool,
              planned: Callable) -> None:
     "Tell what a plan makes of a checkpoint, do it, and compare both."
-    if text and not check: raise Refusal("a text is given, and nothing is to be checked on it", "add --check")
+    if text is not None and not check: raise Refusal("a text is given, and nothing is to be checked on it", "add --check")
     _ready({"source": source}, out, dry_run)
     from seqwarm.core.checkpoint import Checkpoint
     from seqwarm.core.vocab import beside
     from seqwarm.core.write import write
-    from seqwarm.methods.grow import receipt, told
+    from seqwarm.methods.grow import loss_on, receipt, told
     plan = planned(small := Checkpoint(source, architecture))
+    if text is not None: loss_on(small, text)     # what cannot be measured is refused before anything is written
     _show(told(plan))
     if dry_run: return
     _say(f"writing {out}")
@@ -224,10 +225,9 @@ def _layers(order: str) -> list[int]:
     "The layers that '0-11,4-15' names, in their order."
     found = []
     for part in order.split(","):
-        first, dash, last = (x.strip() for x in part.partition("-"))
-        if not first.isdecimal() or (dash and not last.isdecimal()):
-            raise Refusal(f"{order!r} is no order of layers", "write it as 0-11,4-15")
-        found += range(int(first), int(last or first) + 1)
+        m = re.fullmatch(r"\s*(\d{1,4})\s*(?:-\s*(\d{1,4})\s*)?", part)
+        if not m or int(m[2] or m[1]) < int(m[1]): raise Refusal(f"{order[:40]!r} is no order of layers", "write it as 0-11,4-15")
+        found += range(int(m[1]), int(m[2] or m[1]) + 1)
     return found
 
 # %% ../../nbs/batch/40_cli.ipynb #a1c04e14
@@ -236,7 +236,8 @@ def _upcycle(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A den
              out: Annotated[str | None, typer.Argument(metavar="OUT", help="A new folder, for the model with experts.")] = None,
              experts: Annotated[int, typer.Option(help="In each layer that has any.")] = 8,
              top_k: Annotated[int, typer.Option(help="That work on a token.")] = 2,
-             family: Annotated[str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or switch_transformers.")] = None,
+             family: Annotated[str | None, typer.Option(help="mixtral, qwen2_moe, qwen3_moe or switch_transformers; by default "
+                                                             "the nearest.")] = None,
              every: Annotated[int, typer.Option(help="One layer in so many has experts.")] = 1,
              fine: Annotated[int, typer.Option(help="Parts into which the feed-forward net is cut, each an expert.")] = 1,
              noise: Annotated[float, typer.Option(help="On the copies, as a share of their deviation.")] = 0.0,
@@ -246,10 +247,10 @@ def _upcycle(source: Annotated[str, typer.Argument(metavar="SOURCE", help="A den
              seed: Annotated[int, typer.Option(help="Of the routers.")] = 0,
              dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")] = False) -> None:
     "Write a model with experts that begins as a dense one."
-    def upcycled(small):
+    def sparse(small):
         from seqwarm.methods.experts import upcycle
         return upcycle(small, experts, top_k, family, every=every, fine=fine, noise=noise, seed=seed)
-    _enlarge(source, out, architecture, check, text, dry_run, upcycled)
+    _enlarge(source, out, architecture, check, text, dry_run, sparse)
 
 # %% ../../nbs/batch/40_cli.ipynb #3b487e7d
 @app.command("describe")

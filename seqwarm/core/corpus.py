@@ -194,7 +194,7 @@ def _encode(texts: Iterable[str], tokenizer: PreTrainedTokenizerFast, title: str
     eos = [i for i in (tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None][:1]
     kind = np.uint16 if len(tokenizer) <= 1 << 16 else np.uint32
     pieces, lengths, words = [], [], 0
-    with tqdm(desc=title, unit=" documents", leave=False, mininterval=0.5) as bar:
+    with tqdm(desc=title, unit=" documents", leave=False, mininterval=0.5, delay=0.5) as bar:
         texts = iter(texts)
         while some := list(islice(texts, 1000)):
             encoded = tokenizer.backend_tokenizer.encode_batch_fast(some, add_special_tokens=False)

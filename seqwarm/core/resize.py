@@ -23,15 +23,11 @@ _LAYERS = {"": ("num_hidden_layers", "n_layer"), "encoder": ("encoder_layers", "
 _FOLLOW = ("embedding_size", "word_embed_proj_dim", "pooler_hidden_size")    # as wide as the model, where they were so
 _WORDS = dict(hidden="hidden size", heads="number of heads", kv_heads="number of key-value heads", ffn="feed-forward size")
 
-def _there(config: Mapping[str, Any], axis: str) -> list[str]:
-    "The names under which a config has a size."
-    return [k for k in _KEYS[axis] if k in config]
-
 def _grown(lay: Layout, axis: str, asked: int | None, ratio: Fraction) -> dict[str, int]:
     "The new value of each name of a size: as asked, or in the old proportion to the hidden size."
-    config, keys, new = lay.config, _there(lay.config, axis), {}
-    old = {k: config[k] if config[k] is not None else lay.size(axis) for k in keys}      # GPT-2's n_inner may be None
-    if asked is not None and not keys: raise Refusal(f"the {_WORDS[axis]} of a {config['model_type']} cannot be chosen", "leave it out")
+    config, new = lay.config, {}
+    old = {k: config[k] if config[k] is not None else lay.size(axis) for k in _KEYS[axis] if k in config}    # GPT-2's n_inner may be None
+    if asked is not None and not old: raise Refusal(f"the {_WORDS[axis]} of a {config['model_type']} cannot be chosen", "leave it out")
     for k, n in old.items():
         if asked is not None and number(f"the {_WORDS[axis]}", asked, 1) < n:
             raise Refusal(f"the {_WORDS[axis]} {asked} is below the {n} that there are, and growth only adds", f"give at least {n}")
@@ -42,34 +38,40 @@ def _grown(lay: Layout, axis: str, asked: int | None, ratio: Fraction) -> dict[s
 def _heads(lay: Layout, heads: int | None, kv_heads: int | None, hidden: int) -> dict[str, int]:
     "Numbers of heads, with the head size that they keep."
     c, D, kind = lay.config, lay.size("hidden"), lay.config["model_type"]
-    own = next((k for k in ("head_dim", "d_kv") if k in c or kind in ("llama", "mistral", "qwen2", "olmo2")), None)
-    own = "d_kv" if "d_kv" in c else own
+    own = "d_kv" if "d_kv" in c else "head_dim" if "head_dim" in c or kind in ("qwen2", "olmo2") else None   # these read it
     new = _grown(lay, "heads", heads, Fraction(1))
     size = {k: lay.sizes.get("head", lay.sizes.get(f"{k.split('_')[0]}.head")) for k in new}
     for k, n in new.items():
         head, full = size[k], c[k]*size[k] == D
         if heads is None and full:
-            if hidden % head: raise Refusal(f"a hidden size of {hidden} cannot be cut into heads of {head}", f"give {_near(hidden, head)}")
+            if hidden % head:
+                raise Refusal(f"a hidden size of {hidden} cannot be cut into heads of {head}", f"give {_multiples(hidden, head)}")
             new[k] = hidden//head
         elif own is None and n*head != hidden:
-            raise Refusal(f"{n} heads of {head} are not the {hidden} of the hidden size, as a {kind} wants it",
-                          f"give {hidden//head} heads, or a hidden size of {n*head}")
+            fit = f"{hidden//head} heads, or " if hidden % head == 0 else ""
+            raise Refusal(f"{n} heads of {head} are not the {hidden} of the hidden size, as {kind} wants it",
+                          f"give {fit}a hidden size of {n*head}")
     return new | ({own: next(iter(size.values()))} if own else {}) | _groups(lay, new, kv_heads)
 
-def _near(n: int, step: int) -> str:
+def _multiples(n: int, step: int, least: int = 1) -> str:
     "The multiples of a step beside a number."
-    return f"{n//step*step} or {-(-n//step)*step}"
+    return " or ".join(str(m) for m in dict.fromkeys((n//step*step, -(-n//step)*step)) if m >= least)
+
+def _divisors(n: int, of: int, least: int) -> str:
+    "The divisors beside a number."
+    fit = [m for m in range(least, of + 1) if of % m == 0]
+    return " or ".join(map(str, dict.fromkeys([m for m in fit if m <= n][-1:] + [m for m in fit if m >= n][:1])))
 
 def _groups(lay: Layout, heads: dict[str, int], asked: int | None) -> dict[str, int]:
     "The number of key-value heads: as asked, or as many queries to each as there were."
-    c, new = lay.config, _grown(lay, "kv_heads", asked, Fraction(1))
+    new = _grown(lay, "kv_heads", asked, Fraction(1))
     if not new: return {}
-    [H], K = heads.values(), (c["num_key_value_heads"] or next(iter(c[k] for k in heads)))
-    old = next(c[k] for k in heads)
+    [(key, H)], K = heads.items(), lay.config["num_key_value_heads"]
+    old = lay.config[key]
     if asked is None: asked = K*H//old if K*H % old == 0 else K
     if H % asked:
         raise Refusal(f"{H} heads cannot share {asked} key-value heads",
-                      f"give {_near(H, asked)} heads, or {math.gcd(H, asked)} for keys and values")
+                      f"give {_multiples(H, asked, old)} heads, or {_divisors(asked, H, K)} for keys and values")
     return {"num_key_value_heads": asked}
 
 # %% ../../nbs/core/08_resize.ipynb #6fbad286
@@ -93,6 +95,17 @@ def _deeper(lay: Layout, layers: Mapping[str, list[int]]) -> dict[str, Any]:
     return new
 
 # %% ../../nbs/core/08_resize.ipynb #d8c0c833
+def _made(lay: Layout, config: dict[str, Any], hidden: int) -> Layout:
+    "The layout of a new config; what its class refuses for the sake of its heads is refused with the nearest that fits."
+    key = next(k for k in _KEYS["heads"] if k in config)
+    H, kind = config[key], config["model_type"]
+    try: return layout(config, lay.architecture)
+    except Refusal:
+        if hidden % H == 0: raise
+        fit = _divisors(H, hidden, lay.config[key])
+        raise Refusal(f"a {kind} of the hidden size {hidden} cannot have {H} heads, which do not divide it",
+                      f"give {fit and f'{fit} heads, or '}a hidden size of {_multiples(hidden, H, lay.size('hidden'))}") from None
+
 def resized(lay: Layout,
             hidden: int | None = None,      # D
             heads: int | None = None,       # H; by default in proportion to the hidden size if they fill it, or else as they are
@@ -101,19 +114,16 @@ def resized(lay: Layout,
             layers: Mapping[str, list[int]] | None = None,   # stack -> for each new layer the one that it comes from
             ) -> Layout:                    # of the same class; its config is the new model's
     "The layout of a model of another size, or a refusal with the nearest that can be."
-    c, D = lay.config, lay.size("hidden")
     if lay.table.halves: raise Refusal(f"{lay.architecture} is two models in one", "grow each of them, and graft them anew")
-    new, asked = _grown(lay, "hidden", hidden, Fraction(1)), dict(hidden=hidden, heads=heads, kv_heads=kv_heads, ffn=ffn)
-    width, wider = next(iter(new.values())), any(x is not None for x in asked.values())
-    if wider:
+    c, D, new = lay.config, lay.size("hidden"), _grown(lay, "hidden", hidden, Fraction(1))
+    [width] = new.values()
+    if any(x is not None for x in (hidden, heads, kv_heads, ffn)):
         new |= _heads(lay, heads, kv_heads, width) | _grown(lay, "ffn", ffn, Fraction(width, D))
         new |= {k: width for k in _FOLLOW if c.get(k) == D}
     config = c | new | _deeper(lay, layers or {})
-    made = layout(config, lay.architecture)
+    made = _made(lay, config, width)
     for k, x in config.items():
         if k.startswith("layer_") and made.config[k] != x:
             raise Refusal(f"a {c['model_type']} cannot have the {k} {x}", "choose other layers")
     if made.size("hidden") != width: raise RuntimeError(f"{lay.architecture} did not become {width} wide")    # a defect of the names above
-    if ffn is not None and made.size("ffn", next(iter(made.layers))) != ffn:
-        raise Refusal(f"the feed-forward net of a {c['model_type']} is {made.size('ffn')} wide at this hidden size", "leave its size out")
     return made

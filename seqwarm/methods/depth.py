@@ -155,7 +155,8 @@ def deepened(plan: Plan,                                                  # for 
     dropped = {s: "of a layer that is left out" for r in plan.rows for s in r.sources if s not in used}
     same = method == "identity" or all(o == list(range(lay.layers[s])) for s, o in orders.items())
     notes = dict(depth="order" if order is not None and method != "identity" else method, layers=orders, new_layers=new,
-                 exact=same and plan.notes.get("exact", True), **_words(deep, new))
+                 exact=same and plan.notes.get("exact", True), **_words(deep, new),
+                 why=[*plan.notes.get("why", []), *([] if same else ["layers were added that do something, moved or left out"])])
     kept = {k for r in rows for k in r.arrays.values()}
     return replace(plan, config=deep.config, rows=rows, arrays={k: x for k, x in plan.arrays.items() if k in kept},
                    dropped=plan.dropped | dropped, notes=plan.notes | notes)

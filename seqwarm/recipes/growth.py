@@ -21,6 +21,7 @@ from ..core.checkpoint import Card, Checkpoint
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import fingerprint
 from ..core.fresh import apart_first, fresh, fresh_encoder
+from ..core.layout import Layout, layout
 from ..core.ledger import crossing, lineage, saved
 from ..core.masked import Masked
 from ..core.plan import Plan
@@ -36,7 +37,7 @@ from ..methods.width import WIDTHS
 # %% ../../nbs/recipes/40_growth.ipynb #c2df7526
 _SIZES = {
     "smoke": dict(words=30_000, vocab=400, length=32, batch=8, width=64, layers=2, small_width=32, small_layers=1, small_steps=30, steps=24,
-                  shares=[0.5], rates=[4e-3], arms=["fpi+interpolate", "aki+stack"]),
+                  shares=[0.5], rates=[4e-3], arms=["fpi+interpolate", "direct+stack"]),
     "demo": dict(words=2_000_000, vocab=500, length=64, batch=16, width=64, layers=4, small_width=32, small_layers=2, small_steps=3000,
                  steps=2000, shares=[0.55], rates=[2e-3, 4e-3],
                  arms=["direct+interpolate", "fpi+interpolate", "fpi+stack", "aki+interpolate", "lemon+identity"]),
@@ -46,24 +47,25 @@ _SIZES = {
 _CLASSES = dict(gpt2=GPT2LMHeadModel, llama=LlamaForCausalLM, bert=BertForMaskedLM, mpnet=MPNetForMaskedLM,
                 pre=RobertaPreLayerNormForMaskedLM)
 _CAUSAL = ("gpt2", "llama")
+_FORBIDDEN = dict(lemon=("bert", "mpnet", "pre"), zero=("gpt2", "bert", "mpnet", "pre"), identity=("bert", "mpnet"))   # way -> kinds
 
 def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     "The sizes of a scale, with every wish that is not None in their place."
     if scale not in _SIZES: raise unknown("scale", scale, _SIZES)
     p = SimpleNamespace(**{k: None for k in wishes} | _SIZES[scale] | {k: v for k, v in wishes.items() if v is not None})
-    if p.small_rate is None: p.small_rate = p.rates[len(p.rates)//2]
+    if wishes.get("arms") is None: p.arms = [a for a in p.arms if not any(p.kind in _FORBIDDEN.get(w, ()) for w in _ways(a)[:2])]
     _check(p)
+    if p.small_rate is None: p.small_rate = p.rates[len(p.rates)//2]
     p.text, p.valid = with_words(p.text, p.words), p.valid and with_words(p.valid, p.words)
     return p
 
 def _ways(arm: str) -> tuple[str | None, str | None, bool]:
     "How an arm grows in width and in depth, and whether its upper layers train first."
-    stem, _, how = arm.partition("/")
-    ways = stem.split("+")
+    ways = arm.removesuffix("/top").split("+")
     wide, deep = (next((w for w in ways if w in known), None) for known in (WIDTHS, DEPTHS))
-    if len(ways) > (wide is not None) + (deep is not None) or how not in ("", "top"):
+    if len(ways) > (wide is not None) + (deep is not None):
         raise unknown("way to grow", arm, [*WIDTHS, *DEPTHS, *(f"{w}+{d}" for w in WIDTHS for d in DEPTHS)])
-    return wide, deep, how == "top"
+    return wide, deep, arm.endswith("/top")
 
 # %% ../../nbs/recipes/40_growth.ipynb #6f05ab7c
 def _check(p: SimpleNamespace) -> None:
@@ -74,8 +76,9 @@ def _check(p: SimpleNamespace) -> None:
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
-    for rate in (*p.rates, p.small_rate, *([p.warm_rate] if p.warm_rate is not None else [])):
-        if rate <= 0: raise Refusal(f"a learning rate cannot be {rate:g}", "give one above 0")
+    for rate in (*p.rates, *(r for r in (p.small_rate, p.warm_rate) if r is not None)):
+        if number("a learning rate", rate, 0, float) == 0: raise Refusal("a learning rate cannot be 0", "give one above 0")
+    if not 0 <= p.apart <= 1: raise Refusal(f"parameter apart cannot be {p.apart:g}", "give a share, from 0 to 1")
     for share in p.shares:
         if not 0 < share <= 1: raise Refusal(f"parameter shares cannot hold {share:g}", "give shares of scratch's steps, such as 0.55")
     for key in ("width", "small_width"):
@@ -84,8 +87,10 @@ def _check(p: SimpleNamespace) -> None:
         if getattr(p, f"small_{key}") > getattr(p, key): raise Refusal(f"parameter small_{key} is above {key}", "growth only adds")
     grows = (p.width > p.small_width, p.layers > p.small_layers)
     for arm in p.arms:
+        if _ways(arm)[2] and p.layers < 2: raise Refusal(f"the arm {arm} trains upper layers first, and there is one", "give more layers")
         for way, does, axis, known in zip(_ways(arm)[:2], grows, ("width", "depth"), (WIDTHS, DEPTHS)):
             if does and way is None: raise Refusal(f"the arm {arm} does not say how to grow in {axis}", f"add one of {', '.join(known)}")
+            if p.kind in _FORBIDDEN.get(way, ()): raise Refusal(f"the norms of a {p.kind} stand in the way of {way}", "take another")
             if way and not does: raise Refusal(f"the arm {arm} grows in {axis}, and both models have the same", f"leave {way} out")
 
 # %% ../../nbs/recipes/40_growth.ipynb #e43bb86a
@@ -112,10 +117,11 @@ class Models:
         self.p, self.store, self.text, self.seed = p, store, text, seed
 
     def _train(self, name: str, model: PreTrainedModel, steps: int, rate: float, parents: tuple[Card, ...] = (), top: int = 0) -> Trained:
-        "Train a model; with `top`, a first part of the steps trains so many upper layers and what stands above them alone."
-        p, t, module = self.p, self.text, model if self.p.kind in _CAUSAL else Masked(model)
-        stages = [Stage(steps, rate)] if p.kind in _CAUSAL else apart_first(steps, rate, "mlm?rate=0.15", p.apart)
-        if top: stages = _top_first(stages, p.layers, top, "main/" * (p.kind not in _CAUSAL))
+        "Train a model; with `top`, the first half of the steps trains so many upper layers and the head alone."
+        p, t, causal = self.p, self.text, self.p.kind in _CAUSAL
+        module = model if causal else Masked(model)
+        stages = [Stage(steps, rate)] if causal else apart_first(steps, rate, "mlm?rate=0.15", p.apart)
+        if top: stages = _top_first(stages, _lower(layout(model.config, type(model).__name__) if causal else module.layout, p.layers - top))
         return train(module, t.tokenizer, t.train, t.valid, stages, self.store, f"{name} {self.seed}", "growth", parents, batch=p.batch,
                      seed=self.seed, save_every=max(100, steps//4), sequences=min(64, len(t.valid)))
 
@@ -132,8 +138,8 @@ class Models:
         "The control: the small model trained on, for the FLOPs that a share of scratch's steps takes."
         small, per = self.small(), self.scratch(rate).card.cost["flops"]/self.p.steps
         own = small.card.cost["flops"]/self.p.small_steps
-        return self._train(f"small, on for {share:g}", _opened(self.p, small.path), round(share*self.p.steps*per/own), self.p.small_rate,
-                           (small.card,))
+        steps = max(1, round(share*self.p.steps*per/own))
+        return self._train(f"small, on for {share:g}", _opened(self.p, small.path), steps, self.p.small_rate, (small.card,))
 
     def grown(self, arm: str) -> Checkpoint:
         "The small model, grown; found again if it was before."
@@ -161,11 +167,22 @@ def grow_plan(p: SimpleNamespace,
     sizes = dict(hidden=p.width) if wide else {}
     return grow(small, layers=p.layers if deep else None, wide=wide or "fpi", deep=deep or "stack", seed=seed, **sizes)
 
-def _top_first(stages: list[Stage], layers: int, top: int, part: str) -> list[Stage]:
-    "The first half of the steps with the lower layers and the embeddings asleep, and then all awake."
-    sleep = tuple(f"{part}{w}" for w in (f"attn@0-{layers - top - 1}", f"ffn@0-{layers - top - 1}", "embed.position"))
-    half = stages[0].steps//2
-    return [replace(stages[0], steps=half, frozen=sleep), replace(stages[0], steps=stages[0].steps - half, continues=True), *stages[1:]]
+def _lower(lay: Layout, layers: int) -> tuple[str, ...]:
+    "The words for so many lower layers and what they read; but the token embeddings, which are the head as well."
+    [stack] = lay.layers
+    read = dict.fromkeys(t.role.removesuffix(".bias") for t in lay.stored().values()
+                         if t.layer is None and t.role.startswith(("embed.", "attn.")) and t.role != "embed.token")
+    return tuple(f"{stack}/{w}".removeprefix("/") for w in (f"attn@0-{layers - 1}", f"ffn@0-{layers - 1}", *read))
+
+def _top_first(stages: list[Stage], lower: tuple[str, ...]) -> list[Stage]:
+    "The same steps, with what is lower asleep in the first half of them."
+    left, parts = sum(s.steps for s in stages)//2, []
+    for s in stages:
+        n = min(s.steps, left); left -= n
+        if n: parts.append(replace(s, steps=n, frozen=lower))
+        if n < s.steps:      # what wakes is warmed up
+            parts.append(replace(s, steps=s.steps - n, continues=bool(parts), warmup=stages[0].warmup))
+    return parts
 
 # %% ../../nbs/recipes/40_growth.ipynb #bebb0942
 def best_rate(p: SimpleNamespace, models: Models) -> float:
