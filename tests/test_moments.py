@@ -12,7 +12,7 @@ from seqwarm.core.objectives import causal
 from seqwarm.core.train import Stage, _Loop, train
 from seqwarm.core.write import write
 from seqwarm.methods.depth import deepened, depth
-from seqwarm.methods.moments import _shares, carry_moments, dual, grown
+from seqwarm.methods.moments import carry_moments, dual, evenly, grown
 from seqwarm.methods.width import width
 from test_depth import RMS, batch, load, source
 from train_small import equal, given, same, weights
@@ -97,7 +97,7 @@ def even(plan):
     for r in plan.rows:
         for i in (i for i in (0, 1) if f"by{i}" in r.arrays):
             index = plan.arrays[r.arrays[f"index{i}"]].numpy()
-            arrays[key := f"even.{r.target}"] = torch.from_numpy(_shares(index, np.ones(len(index), bool)))
+            arrays[key := f"even.{r.target}"] = torch.from_numpy(evenly(index, np.ones(len(index), bool)))
             r = replace(r, arrays=r.arrays | {f"by{i}": key})
         rows.append(r)
     used = {k for r in rows for k in r.arrays.values()}
