@@ -75,7 +75,7 @@ class _Kind:
     def __init__(self, old: Any, kind: str): self.old, self.kind = old, kind
     def read(self, name: str) -> torch.Tensor: return self.old.read(name, self.kind)
 
-_Made = tuple[str, str, tuple[int, ...], Callable[[], Iterator[torch.Tensor]]]
+_Made, _BLOCK = tuple[str, str, tuple[int, ...], Callable[[], Iterator[torch.Tensor]]], 1 << 21     # numbers
 
 def _grown(plan: Plan, old: Moments) -> Iterator[_Made]:
     "Name in the new file, name in the old one of what it has the dtype of, shape, and what makes it part by part."
@@ -86,7 +86,7 @@ def _grown(plan: Plan, old: Moments) -> Iterator[_Made]:
             names = [s.split(":", 1)[1] for s in r.sources]
             if not known.issuperset(names): continue
             shape = plan.layout.tensors[r.target].shape
-            yield f"{kind}:{r.target}", f"{kind}:{names[0]}", shape, partial(by.blocks, r, numbers, 1 << 21)
+            yield f"{kind}:{r.target}", f"{kind}:{names[0]}", shape, partial(by.blocks, r, numbers, _BLOCK)
             if power == 1: yield f"step:{r.target}", f"step:{names[0]}", (), partial(lambda n: iter([old.read(n, "step")]), names[0])
 
 def grown(plan: Plan,                     # with one source
