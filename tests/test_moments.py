@@ -12,7 +12,7 @@ from seqwarm.core.objectives import causal
 from seqwarm.core.train import Stage, _Loop, train
 from seqwarm.core.write import write
 from seqwarm.methods.depth import deepened, depth
-from seqwarm.methods.moments import _shares, carry_moments, dual, grown
+from seqwarm.methods.moments import carry_moments, dual, evenly, grown
 from seqwarm.methods.width import width
 from test_depth import RMS, batch, load, source
 from train_small import equal, given, same, weights
@@ -97,7 +97,7 @@ def even(plan):
     for r in plan.rows:
         for i in (i for i in (0, 1) if f"by{i}" in r.arrays):
             index = plan.arrays[r.arrays[f"index{i}"]].numpy()
-            arrays[key := f"even.{r.target}"] = torch.from_numpy(_shares(index, np.ones(len(index), bool)))
+            arrays[key := f"even.{r.target}"] = torch.from_numpy(evenly(index, np.ones(len(index), bool)))
             r = replace(r, arrays=r.arrays | {f"by{i}": key})
         rows.append(r)
     used = {k for r in rows for k in r.arrays.values()}
@@ -171,13 +171,15 @@ def test_grown_moments_are_those_that_the_large_model_would_have(kind, tmp_path)
         for k in KINDS: assert torch.allclose(found[f"{k}:{n}"], second.state[p][k], rtol=1e-6, atol=1e-9*float(second.state[p][k].abs().max())), (n, k)
         assert found[f"step:{n}"] == 3
 
-def test_a_grown_model_goes_on(data, tmp_path):
+def test_a_grown_model_goes_on(data, tmp_path, monkeypatch):
     first = run(model(data), data, tmp_path/"small", keep_moments=True)
     from_ = Checkpoint(first.path)
     plan = deepened(width(from_, hidden=32), method="identity")
     new = write(plan, {"source": from_}, tmp_path/"big")
     with pytest.raises(Refusal, match="grow them like the weights"): run(opened(new.path), data, tmp_path/"n", moments=first.path)
-    assert carry_moments(plan, first.path, new.path) == new.path/MOMENTS
+    whole = grown(plan, Moments(first.path))
+    monkeypatch.setattr("seqwarm.methods.moments._BLOCK", 100)     # numbers: a few rows
+    assert carry_moments(plan, first.path, new.path) == new.path/MOMENTS and equal(load_file(new.path/MOMENTS), whole)
     at = Moments(new.path)
     assert set(at.names) == {n for n in new.names if ".h.1." not in n} and at.shape("transformer.h.0.attn.c_attn.weight") == (32, 96)
     on, anew = (run(opened(new.path), data, tmp_path/"store", moments=m) for m in (new.path, None))

@@ -9,7 +9,7 @@ __all__ = ['MOMENTS', 'KINDS', 'remembered', 'Moments']
 from pathlib import Path
 import torch
 from safetensors import safe_open
-from .checkpoint import _header
+from .checkpoint import DTYPES, _header
 from .errors import Refusal, unknown
 from .files import file_fingerprint
 from .layout import Layout
@@ -27,7 +27,7 @@ def remembered(model: torch.nn.Module, lay: Layout,
                ) -> dict[str, torch.Tensor]:        # 'kind:name' -> what is to be kept
     "What an optimizer remembers, on the CPU."
     found = {n: optimizer.state[p] for n, p in _named(model, lay).items() if optimizer.state.get(p)}
-    return {f"{kind}:{n}": state[kind].detach().cpu().clone() for n, state in found.items() for kind in (*KINDS, "step")}
+    return {f"{kind}:{n}": state[kind].detach().to("cpu", copy=True) for n, state in found.items() for kind in (*KINDS, "step")}
 
 # %% ../../nbs/core/74_adam.ipynb #c8476b8b
 class Moments:
@@ -36,7 +36,8 @@ class Moments:
         self.path = Path(folder)/MOMENTS
         if not self.path.exists():
             raise Refusal(f"{folder} holds no {MOMENTS}", "train with keep_moments=True, or begin without moments")
-        self.shapes = {n: tuple(h["shape"]) for n, h in _header(self.path).items()}
+        head = _header(self.path)
+        self.shapes, self.dtypes = ({n: f(h) for n, h in head.items()} for f in (lambda h: tuple(h["shape"]), lambda h: DTYPES[h["dtype"]]))
         self.names = [n.removeprefix("step:") for n in self.shapes if n.startswith("step:")]
         whole = {f"{kind}:{n}" for n in self.names for kind in (*KINDS, "step")}
         if not self.names or whole != set(self.shapes): raise Refusal(f"{self.path} holds no moments by name", "keep them anew")

@@ -7,6 +7,7 @@ __all__ = ['whole_folder', 'write_whole', 'room', 'fingerprint', 'file_fingerpri
 
 # %% ../../nbs/core/02_files.ipynb #9ac98864
 import fcntl, json, os, re, shutil, tempfile
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -71,14 +72,16 @@ def _umask() -> int:
 
 # %% ../../nbs/core/02_files.ipynb #c5aac81d
 def write_whole(path: str | Path,              # the file
-                content: str | bytes | Any):   # text, bytes, or anything that JSON can hold
+                content: str | bytes | Iterator | Any):   # text, bytes, pieces of bytes one after another, or anything that JSON can hold
     "Write a file in one step: afterwards it holds the old content or the new."
     path = Path(path)
-    if not isinstance(content, (str, bytes)): content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
-    data = content.encode() if isinstance(content, str) else content
+    if not isinstance(content, (str, bytes, Iterator)): content = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    pieces = content if isinstance(content, Iterator) else [content.encode() if isinstance(content, str) else content]
     fd, tmp = _beside(path, tempfile.mkstemp)
     try:
-        with os.fdopen(fd, "wb") as f: f.write(data); f.flush(); os.fsync(f.fileno())
+        with os.fdopen(fd, "wb") as f:
+            for piece in pieces: f.write(piece)
+            f.flush(); os.fsync(f.fileno())
         os.chmod(tmp, 0o666 & ~_umask()); os.rename(tmp, path); _sync(path.parent)
     except OSError as e: raise _refusal(path, e) from e
     finally: Path(tmp).unlink(missing_ok=True)

@@ -16,15 +16,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from tqdm import tqdm
-from .checkpoint import DTYPES, Card, Checkpoint, _quiet, finite
+from .checkpoint import Card, Checkpoint, _quiet, finite, head
 from .errors import Refusal
 from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
 from .mix import mixing
 from .plan import Plan, Row
 
 # %% ../../nbs/core/22_write.ipynb #98012b9b
-_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 def _dtype(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.dtype:
     "Of the tensor a row makes: that of its first source, or else the plan's."
     if not row.sources: return getattr(torch, plan.dtype)
@@ -44,17 +42,6 @@ def _deal(plan: Plan, sources: Mapping[str, Any], dtypes: dict[str, torch.dtype]
         files[-1].append((row, n)); size += n
     return [sorted(f, key=lambda item: -dtypes[item[0].target].itemsize) for f in files]   # stable
 
-def _head(plan: Plan, file: list[tuple[Row, int]], dtypes: dict[str, torch.dtype]) -> bytes:
-    "The first bytes of a safetensors file: the length of the header, and the header."
-    head, at = {"__metadata__": {"format": "pt"}}, 0
-    for row, n in file:
-        shape = list(plan.layout.tensors[row.target].shape)
-        head[row.target] = dict(dtype=_NAMES[dtypes[row.target]], shape=shape, data_offsets=[at, at + n])
-        at += n
-    text = json.dumps(head, ensure_ascii=False, separators=(",", ":")).encode()
-    text += b" "*(-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
-
 # %% ../../nbs/core/22_write.ipynb #8f68efa9
 class _Checked:
     "A source whose numbers must be finite."
@@ -68,7 +55,7 @@ _BLOCK = 1 << 21   # numbers
 
 def _parts(plan: Plan, row: Row, sources: Mapping[str, Any], numbers: int | None = None) -> Iterator[torch.Tensor]:
     "The tensor of a row, finite, in parts where its operation allows it."
-    for x in plan.blocks(row.target, {a: _Checked(s, a) for a, s in sources.items()}, numbers or _BLOCK):
+    for x in plan.blocks(row, {a: _Checked(s, a) for a, s in sources.items()}, numbers or _BLOCK):
         if not finite(x):
             raise Refusal(f"{row.op} makes NaN or infinity in {row.target}, from {', '.join(row.sources) or 'nothing'}",
                           "choose another operation")
@@ -173,7 +160,7 @@ def write(plan: Plan,
         plan.check(sources)
         dtypes = {r.target: _dtype(plan, r, sources) for r in plan.rows}
         files = _deal(plan, sources, dtypes, shard)
-        heads = [_head(plan, f, dtypes) for f in files]
+        heads = [head((r.target, dtypes[r.target], plan.layout.tensors[r.target].shape) for r, _ in f) for f in files]
         weights, arrays = sum(map(len, heads)) + sum(n for f in files for _, n in f), sum(x.nbytes for x in plan.arrays.values())
         room(out, weights + arrays + _ROOM)
         _beside_the_weights(plan, _config(plan, dtypes.values()), tokenizer, extra or {}, tmp)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from ..core.errors import Refusal
-from ..core.plan import _seed, operation
+from ..core.plan import operation, seed_for
 
 # %% ../../nbs/methods/48_axes.ipynb #2dad0a1b
 DRAWN, MEAN, ZERO = -1, -2, -3
@@ -41,12 +41,6 @@ def groups(H: int, K: int,                  # old heads of queries, and of keys 
         queries[places] = k*G + cycle(G, len(places), seed)
     return queries, keys
 
-def _again(index: np.ndarray,   # a map without signs below zero
-          ) -> np.ndarray:     # bool, as long
-    "Where a unit stands that has stood before."
-    seen = np.ones(len(index), bool)
-    seen[np.unique(index, return_index=True)[1]] = False
-    return seen
 
 # %% ../../nbs/methods/48_axes.ipynb #4af55443
 def shares(index: np.ndarray,        # [N], of old units
@@ -94,17 +88,24 @@ class Axis:
         index, w = getattr(self, side), self.width*times
         if not above: index = np.where(index < 0, index, index % self.n)
         return np.where(index[:, None] < 0, index[:, None], index[:, None]*w + np.arange(w)).ravel()
-
-def _joined(parts: list[Axis],       # of one fused axis, each at the width that it has there
-           side: str, above: bool,
-           ) -> np.ndarray:
-    "The map of an axis made of several."
-    total, at, found = sum(p.n*p.width for p in parts), 0, []
-    for p in parts:
-        n, index = p.n*p.width, p.units(side, above=above)
-        found.append(np.where(index < 0, index, np.where(index < n, index + at, index - n + at + total)))
-        at += n
-    return np.concatenate(found)
+    @staticmethod
+    def joined(parts: list["Axis"],    # of one fused axis, each at the width that it has there
+               side: str, above: bool,
+               ) -> np.ndarray:
+        "The map of an axis made of several."
+        total, at, found = sum(p.n*p.width for p in parts), 0, []
+        for p in parts:
+            n, index = p.n*p.width, p.units(side, above=above)
+            found.append(np.where(index < 0, index, np.where(index < n, index + at, index - n + at + total)))
+            at += n
+        return np.concatenate(found)
+    @staticmethod
+    def again(index: np.ndarray,    # a map without signs below zero
+              ) -> np.ndarray:      # bool, as long
+        "Where a unit stands that has stood before."
+        seen = np.ones(len(index), bool)
+        seen[np.unique(index, return_index=True)[1]] = False
+        return seen
 
 # %% ../../nbs/methods/48_axes.ipynb #3576d191
 _Stretch = tuple[int, int, int, slice | torch.Tensor]
@@ -137,7 +138,7 @@ def _noise(seed: int, place: str, a: int, b: int, width: int, std: float) -> tor
     if not std: return torch.zeros(b - a, width)
     step, rows = 64, []
     for block in range(a//step, -(-b//step)):
-        made = torch.randn(step, width, generator=torch.Generator().manual_seed(_seed(seed, f"{place}.{block}")))*std
+        made = torch.randn(step, width, generator=torch.Generator().manual_seed(seed_for(seed, f"{place}.{block}")))*std
         rows.append(made[max(a - block*step, 0):b - block*step])
     return torch.cat(rows)
 
@@ -157,12 +158,13 @@ def _scaled(out: torch.Tensor, x: torch.Tensor, by: torch.Tensor | float, shift:
 @operation("widen")
 def _widen(x: torch.Tensor, above: torch.Tensor | None = None, *, shape: tuple[int, ...], seed: int, rows: slice | None = None,
            index0: torch.Tensor | None = None, index1: torch.Tensor | None = None, by0: torch.Tensor | None = None,
-           by1: torch.Tensor | None = None, by: float = 1.0, shift: float = 0.0, std: float = 0.0) -> torch.Tensor:
+           by1: torch.Tensor | None = None, by: float = 1.0, shift: float = 0.0, std: float = 0.0,
+           memo: dict | None = None) -> torch.Tensor:
     "Gather along the first two axes and scale; all rows of the result, or some."
     work, (a, b, _) = torch.float64 if x.dtype == torch.float64 else torch.float32, (rows or slice(None)).indices(shape[0])
     flat = len(shape) == 1
     if flat: x, above, shape = x[:, None], None if above is None else above[:, None], (*shape, 1)
-    out = torch.empty(b - a, *shape[1:], dtype=x.dtype)
+    out, known = torch.empty(b - a, *shape[1:], dtype=x.dtype), {} if memo is None else memo
     ones, (h0, h1) = (1,)*(out.ndim - 2), (None if f is None or f.ndim == 1 else n//2 for f, n in ((by1, shape[0]), (by0, shape[1])))
     for r0, r1, kind0, rs in _cut(_stretches(index0, len(x), a, b), h0):
         for c0, c1, kind1, cs in _cut(_stretches(index1, x.shape[1], 0, shape[1]), h1):
@@ -171,12 +173,14 @@ def _widen(x: torch.Tensor, above: torch.Tensor | None = None, *, shape: tuple[i
             f = f if by1 is None else f*(by1 if h0 is None else by1[int(r0 >= h0)])[c0:c1].to(work).view(-1, *ones)
             if ZERO in kinds: to.zero_()
             elif DRAWN in kinds: to.copy_(_noise(seed, f"{c0}", r0, r1, to[0].numel(), std).view(to.shape))
-            else: _scaled(to, _from(above if 1 in kinds else x, rs, cs, *kinds, work).expand(to.shape), f, shift, work)
+            else: _scaled(to, _from(above if 1 in kinds else x, rs, cs, *kinds, work, known).expand(to.shape), f, shift, work)
     return out[:, 0] if flat else out
 
 def _from(x: torch.Tensor, rows: slice | torch.Tensor, cols: slice | torch.Tensor, kind0: int, kind1: int,
-          work: torch.dtype) -> torch.Tensor:
-    "What is gathered: a part of the source, or its mean."
-    if kind0 == MEAN: return _mean(x[:, cols], 0, work)
+          work: torch.dtype, known: dict) -> torch.Tensor:
+    "What is gathered: a part of the source, or its mean; that over its first axis is found once, for all parts."
+    if kind0 == MEAN:
+        if kind1 not in known: known[kind1] = _mean(x, 0, work)      # 0: of this layer, 1: of the one above
+        return known[kind1][:, cols]
     if kind1 == MEAN: return _mean(x[rows], 1, work)
     return x[rows][:, cols]

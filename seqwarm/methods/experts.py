@@ -74,12 +74,11 @@ def _config(dense: Layout, family: str, experts: int, top_k: int, every: int, fi
     return config | dict(layer_types=windows, shared_expert_intermediate_size=dense.size("ffn"), qkv_bias=bool(dense.find("attn.q.bias")))
 
 # %% ../../nbs/methods/70_experts.ipynb #1b29aa7b
-def _sparse(of: Layout) -> bool: return any(t.expert is not None for t in of.tensors.values())
-
 def _family(source: Checkpoint, asked: str | None) -> str:
     "The sparse family of a dense model, or what was asked for, where that is possible."
     kind = source.config["model_type"]
-    if _sparse(source.layout): raise Refusal(f"{source.origin} is sparse already ({kind})", "give a dense model, or join two sparse ones")
+    if source.layout.find("router"):
+        raise Refusal(f"{source.origin} is sparse already ({kind})", "give a dense model, or join two sparse ones")
     if kind not in _INTO: raise Refusal(f"no sparse family here computes what a {kind} does", f"its families are {', '.join(_INTO)}")
     if source.layout.find("ffn.gate") and _INTO[kind] == (_SWITCH,):
         raise Refusal(f"the nets of {source.origin} have a gate, and Switch's have none", "give a T5 of the first version")
@@ -167,7 +166,7 @@ def _with(of: Layout, experts: int) -> Layout:
     key = next(k for k in ("num_experts", "num_local_experts") if k in of.config)
     return layout(of.config | {key: experts}, of.architecture)
 
-def _kept(t: Tensor, counts: Sequence[int], keep: int) -> list[int]:
+def _most_used(t: Tensor, counts: Sequence[int], keep: int) -> list[int]:
     "The most used experts of a layer, in their old order; of equals the first."
     if len(counts) != t.shape[0]: raise Refusal(f"{t.name} has {t.shape[0]} experts, and {len(counts)} counts are given", "count again")
     return sorted(sorted(range(len(counts)), key=lambda e: -counts[e])[:keep])
@@ -178,11 +177,11 @@ def prune(source: Checkpoint,                        # with experts
           ) -> Plan:                                 # for sources {"source": source}
     "The model with its most used experts alone, as a plan."
     old = source.layout
-    if not _sparse(old): raise Refusal(f"{source.origin} has no experts", "give a sparse model")
+    if not old.find("router"): raise Refusal(f"{source.origin} has no experts", "give a sparse model")
     E, k, routers = old.sizes["experts"], old.sizes["top_k"], old.find("router")
     if number("keep", keep, k) >= E: raise Refusal(f"{source.origin} has {E} experts, and {keep} are to stay", f"keep {k} to {E - 1}")
     if lost := [t.name for t in routers if t.name not in use]: raise Refusal(f"no counts are given for {lost[0]}", "count all routers")
-    stay = {(t.stack, t.layer): _kept(t, use[t.name], keep) for t in routers}
+    stay = {(t.stack, t.layer): _most_used(t, use[t.name], keep) for t in routers}
     new, of = _with(old, keep).untied(source.untied), {(t.role, t.stack, t.layer, t.expert): n for n, t in old.stored().items()}
     def row(t: Tensor) -> Row:
         here = stay.get((t.stack, t.layer))
@@ -213,7 +212,7 @@ def aggregate(first: Checkpoint,            # with experts
     "A model with the experts of two, as a plan."
     a, b = first.layout, second.layout
     for of in (first, second):
-        if not _sparse(of.layout): raise Refusal(f"{of.origin} has no experts", "upcycle it first")
+        if not of.layout.find("router"): raise Refusal(f"{of.origin} has no experts", "upcycle it first")
     if rest not in ("mean", "first"): raise unknown("way with the rest", rest, ("mean", "first"))
     E, F = a.sizes["experts"], b.sizes["experts"]
     free = lambda k: k.endswith("_token_id") or k in _FREE

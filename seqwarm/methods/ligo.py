@@ -21,11 +21,11 @@ from ..core.ledger import Cost, flops, units
 from ..core.losses import counts, sums
 from ..core.noise import Draws
 from ..core.objectives import objective, shape
-from ..core.plan import Plan, Row, _seed, operation
+from ..core.plan import Plan, Row, operation, seed_for
 from ..core.resize import resized
 from ..core.write import build, write
-from .depth import _orders, _placed, copied
-from .moments import _shares
+from .depth import copied, orders, placed
+from .moments import evenly
 from .width import width
 
 # %% ../../nbs/methods/66_ligo.ipynb #ac28c335
@@ -45,7 +45,7 @@ def _matrix(plan: Plan, row: Row, k: int, n: int) -> torch.Tensor | None:
     "The map of one axis as a matrix; None where the axis stays."
     if f"index{k}" not in row.arrays: return None
     index = plan.arrays[row.arrays[f"index{k}"]].numpy().astype(np.int64)
-    share = _shares(index, np.ones(len(index), bool)) if f"by{k}" in row.arrays else (index >= 0)*1.0
+    share = evenly(index, np.ones(len(index), bool)) if f"by{k}" in row.arrays else (index >= 0)*1.0
     out, live = torch.zeros(len(index), n), index >= 0
     out[np.flatnonzero(live), index[live]] = torch.from_numpy(share[live]).float()
     return out
@@ -68,7 +68,7 @@ def _row(t: Tensor, old: Layout, wide: Plan, rows: Mapping[str, Row], order: lis
     found = [old.tensors[t.name]] if t.layer is None else [x for x in old.find(t.role, t.stack) if x.name in rows]
     row, named, one = rows[found[0].name], {}, found[0]
     if t.layer is not None and t.role.startswith("ffn.norm") and old.norms(t.stack) == "post":
-        row = _placed(row, rows[found[-1].name], t.layer == len(order) - 1, len(found) == 1)
+        row = placed(row, rows[found[-1].name], t.layer == len(order) - 1, len(found) == 1)
     for k, name in enumerate(("left", "right")):
         if k < len(t.axes) and (x := _matrix(wide, row, k, one.shape[k])) is not None: named[name] = _kept(arrays, _key(t, k), x)
     args = {"by": row.args["by"]} if row.args.get("by", 1) != 1 else {}
@@ -89,7 +89,7 @@ def _begin(source: Checkpoint, wide: Plan, orders: dict[str, list[int]], seed: i
     made = [_row(t, old, wide, rows, orders.get(t.stack, []), arrays) for t in deep.stored().values()
             if t.layer is not None or t.name in rows]
     for key, x in arrays.items():
-        draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(_seed(seed, key)))
+        draw = torch.randn(x.shape, generator=torch.Generator().manual_seed(seed_for(seed, key)))
         if not key.startswith("mix."): arrays[key] = x + noise/math.sqrt(x.shape[1])*draw
     return replace(wide, recipe="ligo", config=deep.config, rows=made, arrays=arrays, seed=seed, notes={})
 
@@ -154,16 +154,16 @@ def ligo(source: Checkpoint, tokenizer: Any, corpus: Corpus,
     if source.layout.find("cross.mix"): raise Refusal("a mix of the encoder's layers cannot be learned by LiGO", "grow first, mix then")
     wider, deeper, old = any(x is not None for x in (hidden, heads, kv_heads, ffn)), layers is not None or order is not None, source.layout
     if not wider and not deeper: raise Refusal("nothing is to grow", "give hidden, heads, kv_heads, ffn or layers")
-    orders = _orders(old, layers, method, order) if deeper else {s: list(range(L)) for s, L in old.layers.items()}
+    found = orders(old, layers, method, order) if deeper else {s: list(range(L)) for s, L in old.layers.items()}
     wide = width(source, "fpi", hidden, heads, kv_heads, ffn, seed) if wider else copied(source, "ligo")
-    plan, began = _begin(source, wide, orders, seed, noise), time.perf_counter()
+    plan, began = _begin(source, wide, found, seed, noise), time.perf_counter()
     ask, model = objective(name), build(plan, {"source": source})
     def batches(step: int) -> dict[str, torch.Tensor]:
         packed = corpus.sample(np.arange(step*batch, (step + 1)*batch))
         return ask(packed, Draws(seed, step, packed.samples), model.config, tokenizer)
     maps, losses = _trained(plan, source, model, batches, steps, lr)
     cost = _cost(plan, name, corpus.length, batch, steps, old) + Cost(seconds=time.perf_counter() - began)
-    notes = dict(method="ligo", exact=False, layers=orders, depth=method if order is None else "order", steps=steps, losses=losses,
+    notes = dict(method="ligo", exact=False, layers=found, depth=method if order is None else "order", steps=steps, losses=losses,
                  maps=sum(x.numel() for x in maps.values()), cost=cost.as_dict())
     return replace(plan, arrays=maps, notes=notes)
 

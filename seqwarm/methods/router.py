@@ -15,7 +15,6 @@ from ..core.errors import Refusal, number
 from ..core.joint import Joint, joint
 from ..core.layout import Layout, layout
 from ..core.losses import _nll
-from .experts import _sparse
 
 # %% ../../nbs/methods/72_router.ipynb #51543d29
 @contextmanager
@@ -48,7 +47,7 @@ class Sparse(torch.nn.Module):
                  router: float = 0.001):      # of the one that keeps the router's logits small
         super().__init__()
         self.main, self.own = main, layout(main.config, type(main).__name__)
-        if not _sparse(self.own) or "" not in self.own.layers or not self.own.find("head"):
+        if not self.own.find("router") or "" not in self.own.layers or not self.own.find("head"):
             raise Refusal(f"{self.own.architecture} is no causal LM with experts", f"give one of {', '.join(_CAUSAL)}")
         self.weights = dict(causal=1.0, balance=number("balance", balance, 0, float), router=number("router", router, 0, float))
 
@@ -89,7 +88,7 @@ def usage(model: PreTrainedModel,                           # with experts; in e
           ) -> dict[str, list[int]]:                        # name of a router in files -> how many tokens chose each expert
     "How often each expert is chosen."
     lay, was = layout(model.config, type(model).__name__), model.training
-    if not _sparse(lay): raise Refusal(f"{lay.architecture} has no experts", "give a sparse model")
+    if not lay.find("router"): raise Refusal(f"{lay.architecture} has no experts", "give a sparse model")
     stacks = {t.name: t.stack for t in lay.find("router")}
     total = {name: torch.zeros(lay.sizes["experts"], dtype=torch.long) for name in stacks}
     model.eval()

@@ -14,9 +14,9 @@ import torch
 from ..core.checkpoint import Checkpoint
 from ..core.errors import Refusal, unknown
 from ..core.layout import Layout, Tensor
-from ..core.plan import Plan, Row, _seed
+from ..core.plan import Plan, Row, seed_for
 from ..core.resize import resized
-from .axes import DRAWN, MEAN, ZERO, Axis, _again, _joined, cycle, groups, halves, shares
+from .axes import DRAWN, MEAN, ZERO, Axis, cycle, groups, halves, shares
 from .decoder import _drawn
 
 # %% ../../nbs/methods/50_width.ipynb #75d47dfe
@@ -70,8 +70,8 @@ def _heads(method: str, old: Layout, new: Layout, stack: str, seed: int, slopes:
         q, fresh = _by_slope(H, H2)
         return (_inner(method, H, q, fresh, d, fresh),)*2
     q, k = groups(H, K, H2, K2, seed)
-    fresh = _again(q) if method != "aki" else _again(k)[np.arange(H2)//(H2//K2)]      # queries belong to the keys that they read
-    return _inner(method, H, q, fresh, d), _inner(method, K, k, _again(k), d)
+    fresh = Axis.again(q) if method != "aki" else Axis.again(k)[np.arange(H2)//(H2//K2)]      # queries belong to the keys that they read
+    return _inner(method, H, q, fresh, d), _inner(method, K, k, Axis.again(k), d)
 
 # %% ../../nbs/methods/50_width.ipynb #219996e0
 def _before_tied(old: Layout) -> Tensor | None:
@@ -125,7 +125,7 @@ def _maps(g: _Growth) -> None:
         for axis in sorted({a for x in t.axes for a in re.split(r"[+&]", x)} & {"hidden", "ffn", "heads", "kv_heads"}):
             key, n, N = _key(g.old, t, axis), g.old.size(axis, t.stack), g.new.size(axis, t.stack)
             if key in g.maps: continue
-            seed, both = _seed(g.seed, key.replace("kv.", "heads.", 1)), [a for a in ("heads", "kv_heads") if a in g.old.sizes]
+            seed, both = seed_for(g.seed, key.replace("kv.", "heads.", 1)), [a for a in ("heads", "kv_heads") if a in g.old.sizes]
             if axis == "hidden" and n != N:
                 g.maps.update({key: _residual(g.method, n, N, seed, rms), "copies": _residual("fpi", n, N, seed, rms)})
             elif axis == "ffn" and n != N: g.maps[key] = _inner(g.method, n, cycle(n, N, seed), np.arange(N) >= n)
@@ -145,7 +145,7 @@ def _axis(g: _Growth, t: Tensor, axis: str, side: str, above: bool) -> tuple[np.
     found = [g.maps.get(k) or Axis.same(g.old.size(p, t.stack)) for p, k in zip(parts, keys)]
     if parts == ["n_heads"]: found = [replace(found[0], width=1)]
     if "&" in axis: index = found[0].units(side, len(parts), above)
-    elif "+" in axis: index = _joined(found, side, above)
+    elif "+" in axis: index = Axis.joined(found, side, above)
     else: index = found[0].units(side, above=above)
     if _bare(t) not in _STREAM: index = np.where(index == MEAN, ZERO, index)
     return index, side == "into" and any(f.split for f in found)
@@ -178,8 +178,8 @@ def _row(g: _Growth, t: Tensor, tied: Tensor | None) -> Row:
         if not found: continue
         index, old = found[0], found[0] % t.shape[k]
         arrays[f"index{k}"] = _kept(g, f"map.{axis if axis == 'hidden' else _place(t)}.{side}", index.astype(np.int32))
-        if _same(t, tied) and g.loud == 1: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(old, _seed(g.seed, tied.name)))
-        elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(old, _seed(g.seed, t.name)))
+        if _same(t, tied) and g.loud == 1: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(old, seed_for(g.seed, tied.name)))
+        elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(old, seed_for(g.seed, t.name)))
         if (index == DRAWN).any(): args["std"] = _drawn(t, g.new.config).args.get("std", 0.0)
     if by != 1: args["by"] = by
     if g.facts.get("less_one") and _is_norm(t) and (by != 1 or "by0" in arrays): args["shift"] = 1.0
@@ -245,7 +245,7 @@ def width(source: Checkpoint,             # the small model
     rows = [_row(g, old.tensors[n], tied) for n in source.names]
     was, now, doubts = _sizes(old), _sizes(new), _doubts(g)
     notes = dict(method=method, exact=not doubts, why=doubts, sizes={k: [was[k], now[k]] for k in now if was[k] != now[k]},
-                 new={k: _ranges(_again(a.out % a.n) if (a.out >= 0).all() else a.out < 0) for k, a in g.maps.items() if k != "copies"},
+                 new={k: _ranges(Axis.again(a.out % a.n) if (a.out >= 0).all() else a.out < 0) for k, a in g.maps.items() if k != "copies"},
                  maps=[k for k in g.arrays if k.startswith("map.")])
     about = {"source": dict(name=source.name, architecture=source.architecture)}
     return Plan("width", new.config, new.architecture, rows, g.arrays, about, {}, seed, source.generation, source.untied,
