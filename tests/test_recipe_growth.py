@@ -160,6 +160,10 @@ def test_the_best_arm_has_to_get_there_on_every_seed():
     assert claims_of(slow, "gpt2")["growth-control"] == pytest.approx(0.3)         # who takes longer than scratch saves nothing
     assert claims_of(table(scratch=[(6, 0.0)], fpi=[(2, None)], small=[(2, 0.1)]), "gpt2") == {"growth-gpt": None, "growth-paid": None, "growth-order": None, "growth-control": None}
 
+def test_a_goal_behind_the_small_model_gives_no_verdict():
+    behind = table(scratch=[(6, 0.0)], fpi=[(2, 1.0)], small=[(2, 1.0)]).assign(small_loss=0.5)
+    assert set(claims_of(behind, "gpt2").values()) == {None}
+
 def test_order_counts_neighbours():
     firsts = lambda *x: table(**{a: [(f, 0.0)] for a, f in zip(["small", "fpi+interpolate", "fpi+stack", "aki+interpolate", "scratch"], x)})
     assert _order(firsts(1, 2, 3, 4, 5)) == 1 and _order(firsts(1, 3, 2, 4, 5)) == 0.75 and _order(firsts(5, 4, 3, 2, 1)) == 0 and _order(firsts(1, 2, 3, 4)) is None

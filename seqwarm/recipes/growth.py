@@ -238,10 +238,11 @@ def compared(records: Iterable[dict[str, Any]]) -> pd.DataFrame:    # columns se
 # %% ../../nbs/recipes/40_growth.ipynb #dd0e34fe
 def claims_of(table: pd.DataFrame, kind: str) -> dict[str, float | None]:
     "What was measured of each claim, by its id in claims.toml."
-    best, on = _best(table, _arms(table)), _best(table, ["small"])
-    lead = None if best is None else best - max(on or 0.0, 0.0)      # who never gets there saves nothing
-    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": _best(table, _arms(table), "saved_all"),
-            "growth-order": _order(table), "growth-control": lead}
+    beyond = table.small_loss.mean() > table.scratch_loss.mean()     # or else scratch ends where the small model has been already
+    best, paid = (_best(table, _arms(table), by) if beyond else None for by in ("saved", "saved_all"))
+    lead = None if best is None else best - max(_best(table, ["small"]) or 0.0, 0.0)      # who never gets there saves nothing
+    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": paid, "growth-order": _order(table),
+            "growth-control": lead}
 
 def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate: float) -> list[str]:
     "The result in some lines."
