@@ -125,8 +125,9 @@ def test_saved_and_opened_it_is_the_same_to_the_bit(tmp_path, kind, family, capl
     try: back = opened(again.path, torch.float64)
     finally: hf.logging.set_verbosity_error(); logger.propagate = was
     assert not caplog.records and type(back).__name__ == again.architecture == type(model).__name__
-    assert all(torch.equal(x, back.state_dict()[n]) for n, x in model.state_dict().items()) and torch.equal(moves(back), moves(model))
-    assert torch.equal(moves(with_head(again.path, "texts", []).double()), moves(model.float().double())) and json.loads((again.path/"config.json").read_text())["layer_mix"] is True
+    near = lambda a, b: torch.allclose(moves(a), moves(b), rtol=0, atol=1e-12)     # what lies elsewhere in memory may be summed in another order
+    assert all(torch.equal(x, back.state_dict()[n]) for n, x in model.state_dict().items()) and near(back, model)
+    assert near(with_head(again.path, "texts", []).double(), model.float().double()) and json.loads((again.path/"config.json").read_text())["layer_mix"] is True
     [mix] = again.layout.select("decoder/cross.mix").values()
     assert mix.shape == (L,) and mix.name in again.layout.select("decoder/cross") and set(again.names) == set(new.names)
 
