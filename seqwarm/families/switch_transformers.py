@@ -7,7 +7,7 @@ __all__ = ['FAMILY']
 
 # %% ../../nbs/families/62_switch_transformers.ipynb #19927354
 from ..core.layout import Family
-from .t5 import _attn
+from .t5 import _PARTS, _STRAYS, _table
 
 # %% ../../nbs/families/62_switch_transformers.ipynb #e4e8616f
 def _sparse(layers: int, step: int) -> frozenset[int]:
@@ -35,24 +35,4 @@ def _ffn(block: str) -> str:
 
 # %% ../../nbs/families/62_switch_transformers.ipynb #feb7a85a
 FAMILY = Family("switch_transformers", {"switch_transformers": "SwitchTransformers"}, prefix="", norm="pre", read=_read,
-    parts={"ForConditionalGeneration": "decoder head", "Model": "decoder", "EncoderModel": ""},
-    strays=r"EncDecAttention\.relative_attention_bias\.weight", table=f"""
-    shared.weight                                                             embed.token       vocab hidden
-  encoder:
-    encoder.embed_tokens.weight                                               embed.token       vocab hidden    = shared.weight
-    {_attn("encoder.block.{L}.layer.0.SelfAttention", "attn")}
-    encoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight    attn.relative     buckets n_heads
-    encoder.block.{{L}}.layer.0.layer_norm.weight                               attn.norm         hidden
-    {_ffn("encoder.block.{L}.layer.1")}
-    encoder.final_layer_norm.weight                                           norm.final        hidden
-  decoder: if decoder
-    decoder.embed_tokens.weight                                               embed.token       vocab hidden    = shared.weight
-    {_attn("decoder.block.{L}.layer.0.SelfAttention", "attn")}
-    decoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight    attn.relative     buckets n_heads
-    decoder.block.{{L}}.layer.0.layer_norm.weight                               attn.norm         hidden
-    {_attn("decoder.block.{L}.layer.1.EncDecAttention", "cross")}
-    decoder.block.{{L}}.layer.1.layer_norm.weight                               cross.norm        hidden
-    {_ffn("decoder.block.{L}.layer.2")}
-    decoder.final_layer_norm.weight                                           norm.final        hidden
-    lm_head.weight      head      vocab < hidden  = shared.weight  if head
-""")
+                parts=_PARTS, strays=_STRAYS, table=_table(_ffn))

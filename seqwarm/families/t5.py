@@ -6,6 +6,7 @@
 __all__ = ['FAMILY']
 
 # %% ../../nbs/families/60_t5.ipynb #cb7cb281
+from collections.abc import Callable
 from ..core.layout import Family
 
 # %% ../../nbs/families/60_t5.ipynb #b4b6cbbd
@@ -35,16 +36,19 @@ def _ffn(block: str) -> str:
     {block}.layer_norm.weight             ffn.norm      hidden"""
 
 # %% ../../nbs/families/60_t5.ipynb #0eece8ab
-FAMILY = Family("t5", {"t5": "T5", "mt5": "MT5"}, prefix="", norm="pre", read=_read,
-    parts={"ForConditionalGeneration": "decoder head", "Model": "decoder", "EncoderModel": ""},
-    strays=r"EncDecAttention\.relative_attention_bias\.weight", table=f"""
+_PARTS = {"ForConditionalGeneration": "decoder head", "Model": "decoder", "EncoderModel": ""}
+_STRAYS = r"EncDecAttention\.relative_attention_bias\.weight"
+
+def _table(ffn: Callable[[str], str]) -> str:
+    "All rows; `ffn` gives those of a feed-forward block, by the name of the block."
+    return f"""
     shared.weight                                                                  embed.token       vocab hidden
   encoder:
     encoder.embed_tokens.weight                                                    embed.token       vocab hidden    = shared.weight
     {_attn("encoder.block.{L}.layer.0.SelfAttention", "attn")}
     encoder.block.{{0}}.layer.0.SelfAttention.relative_attention_bias.weight  attn.relative     buckets n_heads
     encoder.block.{{L}}.layer.0.layer_norm.weight                                  attn.norm         hidden
-    {_ffn("encoder.block.{L}.layer.1")}
+    {ffn("encoder.block.{L}.layer.1")}
     encoder.final_layer_norm.weight                                                norm.final        hidden
   decoder: if decoder
     decoder.embed_tokens.weight                                                    embed.token       vocab hidden    = shared.weight
@@ -53,7 +57,9 @@ FAMILY = Family("t5", {"t5": "T5", "mt5": "MT5"}, prefix="", norm="pre", read=_r
     decoder.block.{{L}}.layer.0.layer_norm.weight                                  attn.norm         hidden
     {_attn("decoder.block.{L}.layer.1.EncDecAttention", "cross")}
     decoder.block.{{L}}.layer.1.layer_norm.weight                                  cross.norm        hidden
-    {_ffn("decoder.block.{L}.layer.2")}
+    {ffn("decoder.block.{L}.layer.2")}
     decoder.final_layer_norm.weight                                                norm.final        hidden
     lm_head.weight      head      vocab < hidden  = shared.weight  if head
-""")
+"""
+
+FAMILY = Family("t5", {"t5": "T5", "mt5": "MT5"}, prefix="", norm="pre", read=_read, parts=_PARTS, strays=_STRAYS, table=_table(_ffn))
