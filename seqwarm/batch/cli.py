@@ -210,13 +210,13 @@ def _enlarge(source: str, out: str | None, architecture: str | None, check: bool
     from seqwarm.core.write import write
     from seqwarm.methods.grow import loss_on, receipt, told
     plan = planned(small := Checkpoint(source, architecture))
-    if text is not None: loss_on(small, text)     # what cannot be measured is refused before anything is written
+    loss = None if text is None else loss_on(small, text)     # what cannot be measured is refused before anything is written
     _show(told(plan))
     if dry_run: return
     _say(f"writing {out}")
     big = write(plan, {"source": small}, out, beside(small.path))
     if check:
-        found = receipt(plan, small, big, text)
+        found = receipt(plan, small, big, loss) | ({} if text is None else {"text": text})
         write_whole(Path(out)/"receipt.json", found)
         _show([f"{k}: {x}" for k, x in found.items() if k.startswith(("largest", "loss", "measured"))])
     _show([f"written to {out}"])

@@ -99,7 +99,7 @@ def _logits(c: Checkpoint, model: torch.nn.Module, ids: torch.Tensor) -> torch.T
 def receipt(plan: Plan,              # of `grow`, or of `methods.experts.upcycle`
             source: Checkpoint,
             grown: Checkpoint,       # what the plan made of it
-            text: str | None = None, # corpus string, for the loss
+            loss: Callable[[torch.nn.Module], float] | None = None,    # of `loss_on`: what else is measured
             rows: int = 8, length: int = 64,
             ) -> dict[str, Any]:     # JSON
     "Old and new on the same tokens: what was promised, what was measured, what is to be trained."
@@ -111,6 +111,4 @@ def receipt(plan: Plan,              # of `grow`, or of `methods.experts.upcycle
                         generator=torch.Generator().manual_seed(plan.seed))
     one, other = (_logits(c, m, ids) for c, m in zip(both, models))
     found |= dict(largest_logit=float(one.abs().max()), largest_difference=float((one - other).abs().max()))
-    if text is None: return found
-    before, after = map(loss_on(source, text, rows, length), models)
-    return found | dict(text=text, loss_before=before, loss_after=after)
+    return found | ({f"loss_{when}": loss(m) for when, m in zip(("before", "after"), models)} if loss else {})
