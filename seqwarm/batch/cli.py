@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 import typer
 from .. import __version__
+from . import ranks
 from .run import Failure, describe_parameters, find_recipe, parameters, recipes, run
-from ..core.errors import Refusal
+from ..core.errors import Refusal, number
 from ..core.files import room, whole_folder, write_whole
 if TYPE_CHECKING: from seqwarm.core.layout import Layout
 
@@ -26,13 +27,15 @@ def _run(recipe: Annotated[str, typer.Argument(help="A recipe's name (see `seqwa
          p: Annotated[list[str], typer.Option("-p", metavar="NAME VALUE", help="Set a parameter; may be repeated.")] = [],  # noqa: B006
          scale: Annotated[str | None, typer.Option(help="The dial that sets every size: smoke, demo or full.")] = None,
          name: Annotated[str | None, typer.Option(help="Folder of the run, within the folder of runs.")] = None,
-         runs: Annotated[str | None, typer.Option(help="Where runs are kept.")] = None) -> None:
+         runs: Annotated[str | None, typer.Option(help="Where runs are kept.")] = None,
+         procs: Annotated[int | None, typer.Option(help="Ranks that share the work, each a process.")] = None) -> int | None:
     "Run a recipe as a batch job: resumed if it was begun, found if it is finished."
     known, given = parameters(find_recipe(recipe)), {}
     for key, text in map(json.loads, p):
         if key in given: raise Refusal(f"parameter {key} is given twice", "give it once")
         given[key] = known[key].parse(text) if key in known else text  # an unknown one is refused by name in `run`
-    run(recipe, given, scale=scale, name=name, runs=runs)
+    if procs is not None and number("procs", procs, 1) > 1: return ranks.launch(recipe, given, procs, scale, name, runs)
+    (ranks.beside if ranks.rank() else run)(recipe, given, scale=scale, name=name, runs=runs)
 
 def _pairs(args: list[str]) -> list[str]:
     "The arguments with each `-p NAME VALUE` as one: typer's lists hold single values, and a value may begin with a dash."
@@ -323,7 +326,8 @@ def main(args: list[str] | None = None) -> int:  # the exit code, when called fr
         if not hasattr(e, "format_message"): raise  # what typer says of a wrong command line
         line, code = f"{e.format_message()} (seqwarm --help says more)", 2
         if type(e).__name__ == "NoArgsIsHelpError": print(e.format_message()); line = ""
-    if code in (130, 143): line = "stopped; " + ("the same command goes on where it was" if args[:1] == ["run"] else "nothing was written")
+    if code in (130, 143) and "RANK" not in os.environ:     # of several ranks their launcher speaks
+        line = "stopped; " + ("the same command goes on where it was" if args[:1] == ["run"] else "nothing was written")
     if line: print("seqwarm: " + " ".join(line.split()), file=sys.stderr)
     if console: sys.exit(code)
     return code

@@ -240,7 +240,7 @@ def _client() -> type:
     class ThisPython(AsyncKernelManager):
         def __init__(self, **kw):
             super().__init__(**kw)
-            if self.has_trait("transport_encryption"): self.transport_encryption = "auto"  # others on the machine cannot listen
+            self.transport = "ipc"  # sockets that are files: nobody else can listen, and two that start at once never want one port
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=50"]))  # this Python; what it says of its own end is no news
