@@ -6,12 +6,13 @@
 __all__ = ['recipes', 'find_recipe', 'Parameter', 'parameters', 'describe_parameters', 'Failure', 'run']
 
 # %% ../../nbs/batch/10_run.ipynb #83c1be88
-import ast, difflib, fcntl, io, json, logging, math, os, re, shutil, sys, tokenize
+import ast, difflib, fcntl, io, json, logging, math, os, re, shutil, sys, tempfile, tokenize
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 import seqwarm
 from ..core.errors import Refusal, unknown
 from ..core.files import Lock, write_whole
@@ -240,7 +241,8 @@ def _client() -> type:
     class ThisPython(AsyncKernelManager):
         def __init__(self, **kw):
             super().__init__(**kw)
-            self.transport = "ipc"  # sockets that are files: nobody else can listen, and two that start at once never want one port
+            # sockets that are files: nobody else can listen, and two kernels that start at once never want one port
+            self.transport, self.ip = "ipc", f"{tempfile.gettempdir()}/seqwarm-{uuid4().hex[:12]}"
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=50"]))  # this Python; what it says of its own end is no news
