@@ -76,8 +76,8 @@ class Local:
             _kill([q for p in asked if p.poll() is None for q in _family(p.pid)] + families)
             for p in asked: p.wait(); p.stdin.close()
 
-# %% ../../nbs/batch/24_local.ipynb #59c8217d
-_HELD = " is in use by another process"   # as core.files.Lock and batch.run say it, here or in a kernel
+# %% ../../nbs/batch/24_local.ipynb #224d7a28
+_MET = re.compile(r".* is in use by another process|.*/store/\S+ exists")   # as core.files says it, in whatever process
 
 def verdict(code: int,      # of the process, below 0 for a signal
             log: str,       # the end of what it printed
@@ -87,7 +87,7 @@ def verdict(code: int,      # of the process, below 0 for a signal
     lines = [line.strip() for line in re.split(r"[\r\n]+", log) if line.strip()]
     said = next((line.removeprefix("seqwarm: ") for line in reversed(lines) if line.startswith("seqwarm: ")), "")
     if code == 0: return ("finished", "") if record else ("failed", "came to its end without a record.json; a recipe writes one last")
-    if code == 2 and _HELD in said: return "waiting", said.partition("; ")[0]
+    if code == 2 and _MET.fullmatch(why := said.partition("; ")[0]): return "waiting", why
     if (number := -code if code < 0 else code - 128) in (s.value for s in signal.Signals):
         want = ", perhaps for want of memory" if number == signal.SIGKILL else ""
         return "failed", f"was ended by {signal.Signals(number).name}{want}"
@@ -120,14 +120,14 @@ class _UnderWay:
 
     def log(self, name: str) -> Path: return self.plan.runs/name/"log.txt"
 
+    def record(self, name: str) -> bool: return (_json(self.plan.runs/name/"record.json") or {"finished": False}).get("finished", True)
+
     def look(self, name: str) -> None:
         "What a run is about, or how it ended."
         (begun, since), limit, code = self.running[name], self.plan.timeout, self.runner.poll(name)
         said = tail(self.log(name), since)
         if (bar := last_bar(said)): self.bars[name] = bar
-        if code is not None:
-            record = _json(self.plan.runs/name/"record.json")
-            self.ended(name, *verdict(code, said, record is not None and record.get("finished", True)))
+        if code is not None: self.ended(name, *verdict(code, said, self.record(name)))
         elif limit is not None and time.monotonic() - begun > limit:
             self.runner.end([name])
             self.ended(name, "failed", f"took longer than {limit:g} s and was ended")
@@ -165,7 +165,7 @@ class _Work(_UnderWay):
         finally:
             self.runner.end(list(self.running))
             with suppress(Refusal):   # a full disk has been told of already
-                for name in self.running: self.book.note(name, "stopped")
+                for name in self.running: self.book.note(name, "finished" if self.record(name) else "stopped")
 
 # %% ../../nbs/batch/24_local.ipynb #fa9a86ff
 def sweep(grid: Annotated[Path, typer.Argument(metavar="GRID", help="A file in TOML: a recipe, and what varies.")],

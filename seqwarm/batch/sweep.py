@@ -127,14 +127,14 @@ def read_grid(path: str | Path) -> Sweep:
 def _checked(asked: dict[str, Any], known: dict[str, Parameter], recipe: str, prefix: str) -> Sweep:
     "Every run, checked as if it were the only one."
     variants, finished, seen = _variants(asked), set(), {}
+    filled = [_filled(known, given) for given, _ in variants]
+    try: alike = [json.dumps(wishes, sort_keys=True, allow_nan=False) for wishes in filled]
+    except (TypeError, ValueError): raise Refusal("a value is a date, or no finite number", "write it in quotes, as a text") from None
     names = _names(prefix, [label for _, label in variants])
-    runs = _filled(known, asked.get("parameters", {})).get("runs", "runs")
-    for name, (given, _) in zip(names, variants):
-        wishes = _filled(known, given)
-        try: alike = json.dumps(wishes, sort_keys=True, allow_nan=False)
-        except (TypeError, ValueError): raise Refusal("a value is a date, or no finite number", "write it in quotes, as a text") from None
-        if alike in seen: raise Refusal(f"two runs are alike: {seen[alike]} and {name}", "ask for each once")
-        seen[alike], folder = name, _folder(runs, name)
+    runs = filled[0].get("runs", "runs")
+    for name, wishes, text in zip(names, filled, alike):
+        if text in seen: raise Refusal(f"two runs are alike: {seen[text]} and {name}", "ask for each once")
+        seen[text], folder = name, _folder(runs, name)
         try: done = _before(folder, recipe, {**wishes, "name": name})
         except Refusal as e: raise Refusal(str(e).partition("; ")[0], 'give the sweep another name: name = "..." at the top') from None
         if done is not None: finished.add(name)
