@@ -231,6 +231,7 @@ def test_a_terminal_sees_a_table(quick, monkeypatch):
     text = re.sub(r"\x1b\[[?\d;]*[A-Za-z]", "", b"".join(seen).decode())
     assert re.search(r"g-corpus=bar\s+running\s+5/5\s+1\.5\s+99\s+00:00\s+train", text) and re.search(r"g-corpus=fail\s+failed\s+it broke", text)
     assert re.search(r"g-corpus=bar\s+finished\s+in \d+ s", text) and "1 finished, 1 failed" in text and "started" not in text
+    assert text.endswith("\r\ng-corpus=fail: it broke; see there\r\n")
 
 def test_a_bar_is_read_as_tqdm_draws_it_with_any_width(capfd):
     from tqdm import tqdm

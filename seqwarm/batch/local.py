@@ -180,6 +180,7 @@ def sweep(grid: Annotated[Path, typer.Argument(metavar="GRID", help="A file in T
     with screen() as shown: _Work(plan, book, Local(book.file), shown).go(jobs)
     failed = book.those("failed")
     if isinstance(shown, Lines): show([f"{len(book.runs) - len(failed)} of {len(book.runs)} runs are finished"])
+    elif failed: show([f"{name}: {book.runs[name]['note']}" for name in failed])   # the table had no room for all of it
     book.lock.release()
     if failed: raise Failure(f"{len(failed)} of {len(book.runs)} runs failed ({', '.join(failed[:3])}{', ...' if failed[3:] else ''}); "
                              "the same command tries them again")

@@ -97,10 +97,12 @@ class _Table:
         from rich.table import Table
         from rich.text import Text
         self.last, table = time.monotonic(), Table(box=None, caption=summary(runs, jobs), caption_justify="left", pad_edge=False)
-        for head in ("run", "state", "step", "loss", "tokens/s", "left", ""):
-            right = head in ("step", "loss", "tokens/s", "left")
-            table.add_column(head, justify="right" if right else "left", no_wrap=True, min_width=8 if right else None, overflow="ellipsis")
-        for cells in _rows(runs, bars, max(3, self.console.height - 4)): table.add_row(*map(Text, cells))   # Text: brackets are no markup
+        drawn = _rows(runs, bars, max(3, self.console.height - 4))
+        for i, head in enumerate(("run", "state", "step", "loss", "tokens/s", "left", "")):
+            wide = max(len(cells[i]) for cells in drawn)
+            least = None if i == 6 else max(8, min(wide, self.console.width // 2))   # only the last column gives way
+            table.add_column(head, justify="right" if 1 < i < 6 else "left", no_wrap=True, min_width=least, overflow="ellipsis")
+        for cells in drawn: table.add_row(*map(Text, cells))   # Text: brackets are no markup
         self.live.update(table, refresh=True)
 
 @contextmanager
