@@ -173,6 +173,10 @@ def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dic
         if key in given and given[key] != value: raise Refusal(f"{key} is given twice: {given[key]!r} and {value!r}", "give it once")
         if key not in known: raise Refusal(f"recipe {_recipe_name(notebook)} has no parameter {key!r}", f"leave --{key} out")
         given[key] = value
+    return _filled(known, given)
+
+def _filled(known: dict[str, Parameter], given: dict[str, Any]) -> dict[str, Any]:
+    "The given values, checked, and the defaults of all others."
     for key in given:
         if key not in known: raise unknown("parameter", key, known)
     return {k: p.check(given.get(k, p.default)) for k, p in known.items()}
