@@ -3,8 +3,9 @@ import json, signal, subprocess, sys, time
 from pathlib import Path
 import pandas as pd
 import pytest
-from seqwarm.batch.run import Failure, recipes, run
+from seqwarm.batch.parameters import recipes
 from seqwarm.batch.ranks import launch
+from seqwarm.batch.run import Failure, run
 from seqwarm.core.errors import Refusal
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import notebook

@@ -6,7 +6,8 @@ from hypothesis import given, settings, strategies as st
 from seqwarm.batch import local
 from seqwarm.batch.cli import main
 from seqwarm.batch.local import Local, sweep
-from seqwarm.batch.run import Failure, _folder, parameters
+from seqwarm.batch.parameters import parameters
+from seqwarm.batch.run import Failure, _folder
 from seqwarm.batch.sweep import Book, _names, read_grid
 from seqwarm.batch.watch import last_bar
 from seqwarm.core.errors import Refusal

@@ -14,7 +14,8 @@ import typer
 from .. import __version__
 from . import ranks
 from .local import job, sweep
-from .run import Failure, describe_parameters, find_recipe, parameters, recipes, run
+from .parameters import describe_parameters, find_recipe, parameters, recipes
+from .run import Failure, run
 from .watch import show
 from ..core.errors import Refusal, number
 from ..core.files import room, whole_folder, write_whole

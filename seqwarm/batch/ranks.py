@@ -9,7 +9,8 @@ __all__ = ['rank', 'beside', 'launch']
 import json, logging, os, shutil, sys, tempfile, time, uuid
 from pathlib import Path
 from typing import Any
-from .run import Failure, _before, _execute, _folder, _recipe_name, _wishes, find_recipe, run
+from .parameters import _recipe_name, find_recipe
+from .run import Failure, _before, _execute, _folder, _wishes, run
 from ..core.errors import Refusal
 
 # %% ../../nbs/batch/15_ranks.ipynb #1a98558b

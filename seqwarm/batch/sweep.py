@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from math import prod
 from pathlib import Path
 from typing import Any
-from .run import Parameter, _before, _filled, _folder, _json, _recipe_name, find_recipe, parameters
+from .parameters import Parameter, _recipe_name, find_recipe, parameters
+from .run import _before, _filled, _folder, _json
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import Lock, fingerprint, write_whole
 
