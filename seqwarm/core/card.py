@@ -26,6 +26,12 @@ def _json(path: Path) -> Any:
     return found
 
 # %% ../../nbs/core/18_card.ipynb #6578642c
+def _check(a: Any) -> None:
+    "TypeError if this is no entry of a lineage."
+    kinds = dict(cost=dict, parents=list, terms=dict)
+    if not isinstance(a, dict) or not all(isinstance(a.get(k, kind()), kind) for k, kind in kinds.items()): raise TypeError("an ancestor is no object")
+    if not all(isinstance(x, (int, float)) for x in a.get("cost", {}).values()): raise TypeError("a cost is no number")
+
 @dataclass
 class Card:
     "What a checkpoint is, whence it comes, what it cost."
@@ -67,6 +73,7 @@ class Card:
             kinds = dict(name=str, id=str, recipe=str, seal=str) | dict.fromkeys(("cost", "ancestors", "files", "terms"), dict)
             for name, kind in (kinds | {"parents": list}).items():
                 if not isinstance(getattr(card, name), kind): raise TypeError(f"its {name} is no {kind.__name__}")
+            for a in card.line.values(): _check(a)
             return card
         except TypeError as e:
             raise Refusal(f"{Path(folder)/_CARD} is no card ({e})", "take it away, or write the checkpoint again") from e
