@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Seen', 'look', 'gather', 'table', 'report']
 
-# %% ../../nbs/batch/30_report.ipynb #7f8a0a90
+# %% ../../nbs/batch/30_report.ipynb #caa77bd7
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from ..core.figures import COLOURS, _loss, page
 from ..core.ledger import Cost, lineage
 from ..core.readme import amounts
 
-# %% ../../nbs/batch/30_report.ipynb #b309aa16
+# %% ../../nbs/batch/30_report.ipynb #562a5d3c
 @dataclass
 class Seen:
     "What lies at one place: a run, or what is left of one."
@@ -52,7 +52,7 @@ def _record(path: Path) -> dict[str, Any]:
     if wrong: raise ValueError(f"{path.name} is no record of a run: it has no {', no '.join(wrong)}")
     return record
 
-# %% ../../nbs/batch/30_report.ipynb #61819329
+# %% ../../nbs/batch/30_report.ipynb #49e9d1fa
 def _stopped(folder: Path) -> tuple[str, str]:
     "State and reason of a folder without a record, from its notebook."
     if not (folder/"notebook.ipynb").exists(): return "no run", "neither record.json nor notebook.ipynb"
@@ -68,7 +68,7 @@ def _stopped(folder: Path) -> tuple[str, str]:
     except (KeyError, TypeError, AttributeError): return "unreadable", "notebook.ipynb is no notebook"
     return "unfinished", f"no error; {done} of {len(cells)} cells have run: it is running, or was stopped"
 
-# %% ../../nbs/batch/30_report.ipynb #e152060e
+# %% ../../nbs/batch/30_report.ipynb #39281c48
 _AXES = ("tokens", "flops", "seconds")
 
 def _metrics(path: Path) -> pd.DataFrame:
@@ -103,7 +103,7 @@ def look(path: str | Path,           # a run folder, or a record
     if lost: seen.notes.append(lost[0] + f", and {len(lost) - 1} more"*(len(lost) > 1))
     return seen
 
-# %% ../../nbs/batch/30_report.ipynb #19f3a7bc
+# %% ../../nbs/batch/30_report.ipynb #c86b48a9
 def gather(names: Iterable[str] = (),    # run folders within `runs`, paths of folders, or of records; by default all in `runs`
            runs: str | Path = "runs",
            ) -> list[Seen]:
@@ -121,27 +121,36 @@ def gather(names: Iterable[str] = (),    # run folders within `runs`, paths of f
         if often[s.name] > 1: s.name = str(s.path)    # named alike, in several folders
     return seen
 
-# %% ../../nbs/batch/30_report.ipynb #e263608d
+# %% ../../nbs/batch/30_report.ipynb #6c3668cf
+_VERDICTS = ("reproduced", "partly", "not reproduced", "no verdict")
+
 def _span(values: list[float], claim: dict) -> str:
     low, high = (shown(claim, f(values)) for f in (min, max)) if values else ("-", "-")
     return low if low == high else f"{low} to {high}"
 
-def _claims(seen: list[Seen]) -> tuple[pd.DataFrame, list[str]]:
-    "A row a claim and text; and the claims that no run here measures."
-    rows, silent = [], []
-    for key, c in promised().items():
-        names = {id(s.record): s.name for s in seen if key in s.record.get("claims", {})}
-        records = [s.record for s in seen if id(s.record) in names]
-        there = [r for r in records if measured(r, key) is not None]
-        if not there: silent.append(key); continue
-        counts = Counter(verdict(c, measured(r, key)) for r in records)
-        every = ", ".join(f"{n} {v}" for v, n in counts.most_common())
-        for i, (text, r) in enumerate(longest(there).items()):
-            x = measured(r, key)
-            rows.append({"claim": "" if i else f"{key}: {c['says']}", "paper": "" if i else c["paper"], "paper's value": percent(c.get("value")),
-                         "text": text, "run": names[id(r)], "seeds": len(r["parameters"].get("seeds") or []), "measured": shown(c, x),
-                         "each seed alone": _span(each_seed(r, key), c), "verdict": verdict(c, x), "all runs": "" if i else every})
-    return pd.DataFrame(rows).astype(str), silent
+def _claim(key: str, c: dict, seen: list[Seen]) -> tuple[dict[str, Any], list]:
+    "A row of the overview, and what is told of a claim: the sentence, and a line a text."
+    having = {id(s.record): s.name for s in seen if key in s.record.get("claims", {})}
+    records = [s.record for s in seen if id(s.record) in having]
+    counts = Counter(verdict(c, measured(r, key)) for r in records)
+    row = {"claim": key, "paper's value": percent(c.get("value")), "asked for": shown(c, c["at_least"])} | {v: str(counts[v]) for v in _VERDICTS}
+    rows = []
+    for text, r in longest(r for r in records if measured(r, key) is not None).items():
+        x, n = measured(r, key), len(r["parameters"].get("seeds") or [])
+        rows.append({"text": text, "run": having[id(r)], "seeds": str(n), "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c),
+                     "verdict": verdict(c, x)})
+    paper = f"{c['paper']}; its value: {percent(c['value'])}" if "value" in c else c["paper"]
+    told = [f"### {key}", f"{c['says']} ({paper})", f"Measured: {c['measured']}"]
+    return row, [*told, pd.DataFrame(rows)] if rows else [*told, "No run here has a value for it."]
+
+def _claims(seen: list[Seen]) -> list:
+    "Blocks on all claims that a run here speaks of: how many runs found what, and the best measurements."
+    known = promised()
+    found = [_claim(k, c, seen) for k, c in known.items() if any(k in s.record.get("claims", {}) for s in seen)]
+    if not found: return ["No run here speaks of a claim."]
+    silent = [k for k in known if k not in {row["claim"] for row, _ in found}]
+    blocks = [pd.DataFrame([row for row, _ in found]), *(b for _, told in found for b in told)]
+    return blocks + ["No run here speaks of " + ", ".join(silent)]*bool(silent)
 
 def table(seen: list[Seen]) -> pd.DataFrame:
     "For programs: a row a run and claim, and one for a run without claims."
@@ -168,7 +177,7 @@ def _total(cards: list[Card]) -> Cost:
     try: return lineage(cards)
     except (Refusal, TypeError, AttributeError): return Cost()
 
-# %% ../../nbs/batch/30_report.ipynb #a12acd27
+# %% ../../nbs/batch/30_report.ipynb #7e0650e0
 def _depths(line: dict[str, dict]) -> dict[str, int]:
     "Id -> length of the longest way from a checkpoint without parents."
     parents = {k: [p for p in a.get("parents", []) if p in line] for k, a in line.items()}
@@ -202,7 +211,7 @@ def _graph(cards: list[Card]) -> dict:
     return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=120 + 30*max(rows.values(), default=1),
                 margin=dict(l=20, r=20, t=20, b=20), xaxis=bare | dict(range=[-0.2, max(depths.values(), default=0) + 0.8]), yaxis=bare | dict(autorange="reversed")))
 
-# %% ../../nbs/batch/30_report.ipynb #b012c4b2
+# %% ../../nbs/batch/30_report.ipynb #3d8bd945
 def _differing(rows: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, str]]:
     "Of named rows the columns in which they differ, and what is the same in all."
     cut = lambda x: text if len(text := str(x)) <= 60 else text[:57] + "..."
@@ -228,7 +237,7 @@ def _environments(seen: list[Seen]) -> list:
     names = apart.groupby(list(apart.columns[1:]), sort=False).run.agg(lambda x: ", ".join(x[:4]) + f" and {len(x) - 4} more"*(len(x) > 4))
     return [*blocks, names.reset_index()]
 
-# %% ../../nbs/batch/30_report.ipynb #d731c810
+# %% ../../nbs/batch/30_report.ipynb #960c1949
 def _run(s: Seen) -> tuple[str, list]:
     "A run's heading, and what stands under it."
     costs, seconds, lines, n = _total(s.cards), _number(s.record.get("seconds")), s.record.get("lines"), len(s.parameters.get("seeds") or [])
@@ -249,15 +258,13 @@ def _run(s: Seen) -> tuple[str, list]:
 def report(seen: list[Seen]) -> str:
     "The page, as HTML."
     good, states = [s for s in seen if s.state == "finished"], Counter(s.state for s in seen)
-    claims, silent = _claims(good)
     runs = dict(map(_run, good))
     bad = [s for s in seen if s.state != "finished"]
     wrong = pd.DataFrame([{"run": s.name, "state": s.state, "why": "; ".join(s.notes)} for s in bad])
     notes = pd.DataFrame([{"run": s.name, "note": "; ".join(s.notes)} for s in good if s.notes])
     blocks = [", ".join(f"{n} {state}" for state, n in states.most_common()) + f". Made by seqwarm {seqwarm.__version__} from records, metrics and cards alone.",
-              "## Claims", "A value is reproduced from what claims.toml asks for, partly above zero, else not. Each line is the run with most seeds on "
-              "its text; the last column counts the verdicts of all runs.", *([claims] if len(claims) else ["No run here measures a claim."])]
-    if len(claims) and silent: blocks.append("Measured by no run here: " + ", ".join(silent))
+              "## Claims", "A value counts as reproduced from what is asked for in claims.toml, as partly above zero, else as not. The overview "
+              "counts runs; the lines below it are of the run with most seeds on each text.", *_claims(good)]
     if bad: blocks += ["## What did not come to its end", wrong]
     if len(notes): blocks += ["## Notes", notes]
     if good: blocks += ["## Runs", runs, "## Parameters", _parameters(good), "## Environment", *_environments(good)]

@@ -169,7 +169,9 @@ Plotly.newPlot(s.previousElementSibling, f.data, f.layout, {responsive: true}); 
 
 def _block(block, number: Iterator[int], folded: bool = False) -> str:
     "One block of a page; a figure that is folded away waits as data."
-    if isinstance(block, str): return f"<h2>{escape(block[3:])}</h2>" if block.startswith("## ") else f"<p>{escape(block)}</p>"
+    if isinstance(block, str):
+        level, _, text = block.partition(" ")
+        return f"<h{len(level)}>{escape(text)}</h{len(level)}>" if level in ("##", "###") else f"<p>{escape(block)}</p>"
     if isinstance(block, list): return "<pre>" + escape("\n".join(block)) + "</pre>"
     if isinstance(block, pd.DataFrame):
         words = "words" if not len(block.select_dtypes("number").columns) else None
@@ -183,7 +185,7 @@ def _block(block, number: Iterator[int], folded: bool = False) -> str:
     return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 def page(title: str,
-         blocks: list,    # strings (paragraphs, headings after ##), lists of strings (lines), data frames, (figure, caption) pairs,
+         blocks: list,    # strings (paragraphs, headings after ## or ###), lists of strings (lines), data frames, (figure, caption) pairs,
                           # dicts of such lists (folded away under their keys)
          ) -> str:
     "One self-contained HTML page."
