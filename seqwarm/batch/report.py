@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Seen', 'look', 'gather', 'table', 'report']
 
-# %% ../../nbs/batch/30_report.ipynb #caa77bd7
+# %% ../../nbs/batch/30_report.ipynb #a12d8f5d
 import json
 from collections import Counter
 from collections.abc import Iterable
@@ -21,7 +21,7 @@ from ..core.figures import COLOURS, _loss, page
 from ..core.ledger import Cost, lineage
 from ..core.readme import amounts
 
-# %% ../../nbs/batch/30_report.ipynb #562a5d3c
+# %% ../../nbs/batch/30_report.ipynb #e2590e00
 @dataclass
 class Seen:
     "What lies at one place: a run, or what is left of one."
@@ -37,6 +37,7 @@ class Seen:
     def parameters(self) -> dict[str, Any]: return self.record.get("parameters", {})
 
 _SHAPE = dict(recipe=str, parameters=dict, claims=dict, environment=dict)   # of a record
+_GIVEN = dict(seeds=list, arms=list, text=str, source_text=str, target_text=str)   # parameters that are looked at, where they are given
 
 def _object(path: Path) -> dict[str, Any]:
     "The object in a JSON file; ValueError with a few words if there is none."
@@ -50,9 +51,12 @@ def _record(path: Path) -> dict[str, Any]:
     record = _object(path)
     wrong = [k for k, kind in _SHAPE.items() if not isinstance(record.get(k), kind)]
     if wrong: raise ValueError(f"{path.name} is no record of a run: it has no {', no '.join(wrong)}")
+    given = {k: (record["parameters"].get(k), kind) for k, kind in _GIVEN.items()}
+    odd = [k for k, (x, kind) in given.items() if x is not None and not isinstance(x, kind)]
+    if odd: raise ValueError(f"{path.name} is no record of a run: its parameter {odd[0]} is no {_GIVEN[odd[0]].__name__}")
     return record
 
-# %% ../../nbs/batch/30_report.ipynb #49e9d1fa
+# %% ../../nbs/batch/30_report.ipynb #4233c79b
 def _stopped(folder: Path) -> tuple[str, str]:
     "State and reason of a folder without a record, from its notebook."
     if not (folder/"notebook.ipynb").exists(): return "no run", "neither record.json nor notebook.ipynb"
@@ -68,7 +72,7 @@ def _stopped(folder: Path) -> tuple[str, str]:
     except (KeyError, TypeError, AttributeError): return "unreadable", "notebook.ipynb is no notebook"
     return "unfinished", f"no error; {done} of {len(cells)} cells have run: it is running, or was stopped"
 
-# %% ../../nbs/batch/30_report.ipynb #39281c48
+# %% ../../nbs/batch/30_report.ipynb #46ee749f
 _AXES = ("tokens", "flops", "seconds")
 
 def _metrics(path: Path) -> pd.DataFrame:
@@ -103,7 +107,7 @@ def look(path: str | Path,           # a run folder, or a record
     if lost: seen.notes.append(lost[0] + f", and {len(lost) - 1} more"*(len(lost) > 1))
     return seen
 
-# %% ../../nbs/batch/30_report.ipynb #c86b48a9
+# %% ../../nbs/batch/30_report.ipynb #c1230e1b
 def gather(names: Iterable[str] = (),    # run folders within `runs`, paths of folders, or of records; by default all in `runs`
            runs: str | Path = "runs",
            ) -> list[Seen]:
@@ -121,7 +125,7 @@ def gather(names: Iterable[str] = (),    # run folders within `runs`, paths of f
         if often[s.name] > 1: s.name = str(s.path)    # named alike, in several folders
     return seen
 
-# %% ../../nbs/batch/30_report.ipynb #6c3668cf
+# %% ../../nbs/batch/30_report.ipynb #70cd78bf
 _VERDICTS = ("reproduced", "partly", "not reproduced", "no verdict")
 
 def _span(values: list[float], claim: dict) -> str:
@@ -137,7 +141,7 @@ def _claim(key: str, c: dict, seen: list[Seen]) -> tuple[dict[str, Any], list]:
     rows = []
     for text, r in longest(r for r in records if measured(r, key) is not None).items():
         x, n = measured(r, key), len(r["parameters"].get("seeds") or [])
-        rows.append({"text": text, "run": having[id(r)], "seeds": str(n), "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c),
+        rows.append({"text": text, "run": having[id(r)], "scale": str(r["parameters"].get("scale", "-")), "seeds": str(n), "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c),
                      "verdict": verdict(c, x)})
     paper = f"{c['paper']}; its value: {percent(c['value'])}" if "value" in c else c["paper"]
     told = [f"### {key}", f"{c['says']} ({paper})", f"Measured: {c['measured']}"]
@@ -157,7 +161,7 @@ def table(seen: list[Seen]) -> pd.DataFrame:
     rows = []
     for s in seen:
         made, costs = s.record.get("environment", {}), _total(s.cards)
-        one = dict(run=s.name, path=str(s.path), state=s.state, recipe=s.record.get("recipe"), text=_texts(s),
+        one = dict(run=s.name, path=str(s.path), state=s.state, recipe=s.record.get("recipe"), text=texts(s.parameters), scale=s.parameters.get("scale"),
                    seeds=len(s.parameters.get("seeds") or []), seconds=_number(s.record.get("seconds")), tokens=costs.tokens, flops=costs.flops,
                    **{k: None if made.get(k) is None else str(made[k]) for k in ("seqwarm", "commit", "torch", "device")}, notes="; ".join(s.notes))
         for key, c in [(k, c) for k, c in promised().items() if k in s.record.get("claims", {})] or [(None, {})]:
@@ -168,16 +172,12 @@ def table(seen: list[Seen]) -> pd.DataFrame:
 
 def _number(x: Any) -> float | None: return float(x) if isinstance(x, (int, float)) else None
 
-def _texts(s: Seen) -> str:
-    try: return texts(s.parameters)
-    except (AttributeError, IndexError, TypeError): return ""    # its text is no corpus string
-
 def _total(cards: list[Card]) -> Cost:
     "What checkpoints cost with all they came from; nothing where cards contradict each other, or hold no numbers."
     try: return lineage(cards)
     except (Refusal, TypeError, AttributeError): return Cost()
 
-# %% ../../nbs/batch/30_report.ipynb #7e0650e0
+# %% ../../nbs/batch/30_report.ipynb #1245ffe5
 def _depths(line: dict[str, dict]) -> dict[str, int]:
     "Id -> length of the longest way from a checkpoint without parents."
     parents = {k: [p for p in a.get("parents", []) if p in line] for k, a in line.items()}
@@ -202,16 +202,16 @@ def _graph(cards: list[Card]) -> dict:
     told = [f"{a.get('name')} ({a.get('recipe')})<br>" + ", ".join(f"{n} {u}" for n, u in zip(amounts([a.get("cost") or {}]), ("tokens", "FLOPs", "s")))
             for a in line.values()]
     nodes = dict(type="scatter", mode="markers+text", x=[spots[k][0] for k in line], y=[spots[k][1] for k in line],
-                 text=[str(a.get("name"))[:30] for a in line.values()], textposition="middle right", hovertext=told, hoverinfo="text",
+                 text=[str(a.get("name"))[:30] for a in line.values()], textposition="top center", hovertext=told, hoverinfo="text",
                  marker=dict(size=[9 + 21*(max(costs[k].flops, 0)/most)**.5 for k in line], line=dict(width=1, color="white"), opacity=1,
                              color=[COLOURS[7] if a.get("recipe") == "found" else COLOURS[0] for a in line.values()]))
     ways = dict(type="scatter", mode="lines", x=[v for a, b in edges for v in (a[0], b[0], None)], y=[v for a, b in edges for v in (a[1], b[1], None)],
                 line=dict(color="#bbb", width=1), hoverinfo="skip")
     bare = dict(visible=False, fixedrange=True)
-    return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=120 + 30*max(rows.values(), default=1),
-                margin=dict(l=20, r=20, t=20, b=20), xaxis=bare | dict(range=[-0.2, max(depths.values(), default=0) + 0.8]), yaxis=bare | dict(autorange="reversed")))
+    return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=110 + 48*max(rows.values(), default=1),
+                margin=dict(l=20, r=20, t=20, b=20), xaxis=bare | dict(range=[-0.5, max(depths.values(), default=0) + 0.5]), yaxis=bare | dict(range=[max(rows.values(), default=1) - 0.5, -0.8])))
 
-# %% ../../nbs/batch/30_report.ipynb #3d8bd945
+# %% ../../nbs/batch/30_report.ipynb #bbfac8f5
 def _differing(rows: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, str]]:
     "Of named rows the columns in which they differ, and what is the same in all."
     cut = lambda x: text if len(text := str(x)) <= 60 else text[:57] + "..."
@@ -237,11 +237,11 @@ def _environments(seen: list[Seen]) -> list:
     names = apart.groupby(list(apart.columns[1:]), sort=False).run.agg(lambda x: ", ".join(x[:4]) + f" and {len(x) - 4} more"*(len(x) > 4))
     return [*blocks, names.reset_index()]
 
-# %% ../../nbs/batch/30_report.ipynb #960c1949
+# %% ../../nbs/batch/30_report.ipynb #377ff6bf
 def _run(s: Seen) -> tuple[str, list]:
     "A run's heading, and what stands under it."
     costs, seconds, lines, n = _total(s.cards), _number(s.record.get("seconds")), s.record.get("lines"), len(s.parameters.get("seeds") or [])
-    head = [s.record["recipe"], _texts(s), f"{n} seed{'s'*(n != 1)}" if n else "", "" if seconds is None else f"{seconds:,.0f} s"]
+    head = [s.record["recipe"], texts(s.parameters), f"{n} seed{'s'*(n != 1)}" if n else "", "" if seconds is None else f"{seconds:,.0f} s"]
     if costs.flops: head.append(f"its checkpoints and all before them {costs.flops:.3g} FLOPs, {costs.tokens:,.0f} tokens")
     blocks = [[str(x) for x in lines]] if isinstance(lines, list) and lines else []
     try:

@@ -48,7 +48,7 @@ def texts(p: Mapping[str, Any]) -> str:
     "What the models of a run read, told from its parameters; nothing where they name no text."
     if p.get("text"):
         first, *more = map(_place, p["text"].split(" + "))
-        return " + ".join([first, *(m.split()[-1] for m in more)])
+        return " + ".join([first, *((m.split() or [m])[-1] for m in more)])
     known = [_place(p[k]) for k in ("source_text", "target_text") if p.get(k)]
     return f"{known[0]} → {known[1].split()[-1]}" if len(known) == 2 else "".join(known)
 
