@@ -1,7 +1,7 @@
 """Take the record and a figure of finished runs into `results/`, and make the table of all of them anew.
 
-What a record says of the claims is made anew as well, from its own table by the recipe as it is today, for all seeds and for each alone: what is
-kept is judged by one measure.
+What a record says of the claims is made anew as well, from its own table by the recipe as it is today, for all seeds and for each
+alone: what is kept is judged by one measure.
 
     python benchmarks/collect.py RUNS/NAME [RUNS/NAME ...]
 """

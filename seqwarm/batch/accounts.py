@@ -24,7 +24,8 @@ def _report(names: Annotated[list[str] | None, typer.Argument(metavar="[RUNS]...
             table: Annotated[Path | None, typer.Option(help="A table of all verdicts as well: a .csv or .parquet file.")] = None,
             runs: Annotated[str, typer.Option(help="Where runs are kept.")] = "runs") -> None:
     "Write one page about many runs: claims, curves, lineage, differences, failures."
-    if table is not None and table.suffix not in (".csv", ".parquet"): raise Refusal(f"{table} is no .csv or .parquet file", "end its name so")
+    if table is not None and table.suffix not in (".csv", ".parquet"):
+        raise Refusal(f"{table} is no .csv or .parquet file", "end its name so")
     for file in filter(None, (out, table)): _writable(file)
     from seqwarm.batch.report import gather, report, table as rows
     seen = gather(names or [], runs)
@@ -40,7 +41,8 @@ def _writable(file: Path) -> None:
     "Refuse, before anything is read, a file that cannot be written."
     above = next(p for p in file.absolute().parents if os.path.lexists(p))
     if file.is_dir(): raise Refusal(f"{file} is a folder", "name a file")
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK): raise Refusal(f"{file} cannot be written: see {above}", "choose another place")
+    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
+        raise Refusal(f"{file} cannot be written: {above} is closed to you, or no folder", "choose another place")
 
 # %% ../../nbs/batch/32_accounts.ipynb #96cae0c2
 def ancestry(card: "Card") -> list[str]:
@@ -62,12 +64,14 @@ def ancestry(card: "Card") -> list[str]:
             todo.append((p, below + ("└ " if last else "├ "), below + ("  " if last else "│ ")))
     rows.append(("all, each counted once", "", amounts([lineage(card).as_dict()])))
     wide = [max(len(str(c)) for c in column) for column in zip(*((n, r) for n, r, _ in rows), ("checkpoint", "made by"))]
-    line = lambda name, made, costs: f"{name.ljust(wide[0])}  {made.ljust(wide[1])}  " + "  ".join(x.rjust(w) for x, w in zip(costs, (15, 9, 11)))
+    right = lambda costs: "  ".join(x.rjust(w) for x, w in zip(costs, (15, 9, 11)))
+    line = lambda name, made, costs: f"{name.ljust(wide[0])}  {made.ljust(wide[1])}  {right(costs)}"
     return [line("checkpoint", "made by", ["tokens", "FLOPs", "seconds"]), *(line(*r).rstrip() for r in rows)]
 
 def _card(folder: Path) -> "Card":
     if not folder.is_dir(): raise Refusal(f"there is no folder {folder}", "give the folder of a checkpoint")
-    if not (folder/"seqwarm.json").exists(): raise Refusal(f"{folder} holds no seqwarm.json", "only checkpoints that were made here have a card")
+    if not (folder/"seqwarm.json").exists():
+        raise Refusal(f"{folder} holds no seqwarm.json", "only checkpoints that were made here have a card")
     from seqwarm.core.card import Card
     return Card.load(folder)
 

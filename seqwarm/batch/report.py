@@ -78,8 +78,8 @@ _AXES = ("tokens", "flops", "seconds")
 def _metrics(path: Path) -> pd.DataFrame:
     "What is drawn of metrics.parquet; ValueError if it does not hold that."
     try: m = pd.read_parquet(path)
-    except Exception as e: raise ValueError(f"metrics.parquet cannot be read ({type(e).__name__})") from e   # what pyarrow raises is many things
-    if lost := [k for k in ("arm", "seed", "loss", *_AXES) if k not in m]: raise ValueError(f"metrics.parquet has no column {', '.join(lost)}")
+    except Exception as e: raise ValueError(f"{path.name} cannot be read ({type(e).__name__})") from e   # pyarrow raises many things
+    if lost := [k for k in ("arm", "seed", "loss", *_AXES) if k not in m]: raise ValueError(f"{path.name} has no column {', '.join(lost)}")
     for k in ("horizon", "share"):
         if k in m and m[k].nunique() > 1: m = m[m[k] == m.groupby("arm")[k].transform("max")]
     return m.assign(flops=m.total_flops) if "total_flops" in m else m
@@ -96,14 +96,15 @@ def look(path: str | Path,           # a run folder, or a record
         return seen
     try: seen.record = _record(file)
     except ValueError as e: seen.state, seen.notes = "unreadable", [str(e)]; return seen
-    if (made := seen.record["environment"].get("seqwarm")) != seqwarm.__version__: seen.notes.append(f"written by seqwarm {made or 'of no version'}")
+    made = seen.record["environment"].get("seqwarm")
+    if made != seqwarm.__version__: seen.notes.append(f"written by seqwarm {made or 'of no version'}")
     if folder is None: return seen
     try: seen.metrics = _metrics(folder/"metrics.parquet")
     except ValueError as e: seen.notes.append(str(e))
     lost = []
     for place in sorted((folder/"checkpoints").glob("*")):
         try: seen.cards.append(Card.load(place))
-        except (Refusal, OSError) as e: lost.append(f"checkpoint {place.name} has no card that can be read" if place.exists() else f"{place.name} is gone")
+        except (Refusal, OSError): lost.append(f"checkpoint {place.name} {'has no card that can be read' if place.exists() else 'is gone'}")
     if lost: seen.notes.append(lost[0] + f", and {len(lost) - 1} more"*(len(lost) > 1))
     return seen
 
@@ -113,11 +114,12 @@ def gather(names: Iterable[str] = (),    # run folders within `runs`, paths of f
            ) -> list[Seen]:
     "What was named, or all there is; a Refusal of a name that nothing has."
     runs, names = Path(runs), list(names)
-    known = {p.name: p for p in sorted(runs.iterdir()) if p.is_dir() and p.name != "store" and not p.name.startswith(".")} if runs.is_dir() else {}
+    folders = [p for p in sorted(runs.iterdir()) if p.is_dir()] if runs.is_dir() else []
+    known = {p.name: p for p in folders if p.name != "store" and not p.name.startswith(".")}
     places = list(dict.fromkeys(known.get(n, Path(n)) for n in names)) or list(known.values())
     for name, place in zip(names, places):
         if not place.exists() and known: raise unknown("run", name, known)
-        if not place.exists(): raise Refusal(f"there is no run {name}, and no folder {runs} with runs", "name a run folder or a record.json")
+        if not place.exists(): raise Refusal(f"there is no run {name}, and no folder {runs} with runs", "name a run folder or a record")
     if not places: raise Refusal(f"there are no runs in {runs}", "run a recipe, or name run folders or records")
     seen = [look(p) for p in places]
     often = Counter(s.name for s in seen)
@@ -137,15 +139,15 @@ def _claim(key: str, c: dict, seen: list[Seen]) -> tuple[dict[str, Any], list]:
     having = {id(s.record): s.name for s in seen if key in s.record.get("claims", {})}
     records = [s.record for s in seen if id(s.record) in having]
     counts = Counter(verdict(c, measured(r, key)) for r in records)
-    row = {"claim": key, "paper's value": percent(c.get("value")), "asked for": shown(c, c["at_least"])} | {v: str(counts[v]) for v in _VERDICTS}
+    row = {"claim": key, "paper's value": percent(c.get("value")), "asked for": shown(c, c["at_least"])}
     rows = []
     for text, r in longest(r for r in records if measured(r, key) is not None).items():
         x, n = measured(r, key), len(r["parameters"].get("seeds") or [])
-        rows.append({"text": text, "run": having[id(r)], "scale": str(r["parameters"].get("scale", "-")), "seeds": str(n), "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c),
-                     "verdict": verdict(c, x)})
+        rows.append({"text": text, "run": having[id(r)], "scale": str(r["parameters"].get("scale", "-")), "seeds": str(n),
+                     "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c), "verdict": verdict(c, x)})
     paper = f"{c['paper']}; its value: {percent(c['value'])}" if "value" in c else c["paper"]
     told = [f"### {key}", f"{c['says']} ({paper})", f"Measured: {c['measured']}"]
-    return row, [*told, pd.DataFrame(rows)] if rows else [*told, "No run here has a value for it."]
+    return row | {v: str(counts[v]) for v in _VERDICTS}, [*told, pd.DataFrame(rows) if rows else "No run here has a value for it."]
 
 def _claims(seen: list[Seen]) -> list:
     "Blocks on all claims that a run here speaks of: how many runs found what, and the best measurements."
@@ -161,13 +163,15 @@ def table(seen: list[Seen]) -> pd.DataFrame:
     rows = []
     for s in seen:
         made, costs = s.record.get("environment", {}), _total(s.cards)
-        one = dict(run=s.name, path=str(s.path), state=s.state, recipe=s.record.get("recipe"), text=texts(s.parameters), scale=s.parameters.get("scale"),
-                   seeds=len(s.parameters.get("seeds") or []), seconds=_number(s.record.get("seconds")), tokens=costs.tokens, flops=costs.flops,
-                   **{k: None if made.get(k) is None else str(made[k]) for k in ("seqwarm", "commit", "torch", "device")}, notes="; ".join(s.notes))
+        told = {k: None if made.get(k) is None else str(made[k]) for k in ("seqwarm", "commit", "torch", "device")}
+        one = dict(run=s.name, path=str(s.path), state=s.state, recipe=s.record.get("recipe"), text=texts(s.parameters),
+                   scale=str(s.parameters.get("scale", "")), seeds=len(s.parameters.get("seeds") or []), tokens=costs.tokens,
+                   flops=costs.flops, seconds=_number(s.record.get("seconds")), **told, notes="; ".join(s.notes))
         for key, c in [(k, c) for k, c in promised().items() if k in s.record.get("claims", {})] or [(None, {})]:
             x, alone = (measured(s.record, key), each_seed(s.record, key)) if key else (None, [])
-            rows.append(one | dict(claim=key, paper_value=c.get("value"), at_least=c.get("at_least"), measured=x, low=min(alone, default=None),
-                                   high=max(alone, default=None), verdict=verdict(c, x) if key else None))
+            span = dict(low=min(alone, default=None), high=max(alone, default=None))
+            rows.append(one | dict(claim=key, paper_value=c.get("value"), at_least=c.get("at_least"), measured=x, **span,
+                                   verdict=verdict(c, x) if key else None))
     return pd.DataFrame(rows)
 
 def _number(x: Any) -> float | None: return float(x) if isinstance(x, (int, float)) else None
@@ -199,17 +203,17 @@ def _graph(cards: list[Card]) -> dict:
     edges = [(spots[p], spots[k]) for k, a in line.items() for p in a.get("parents", []) if p in spots]
     costs = {k: Cost.of(a.get("cost")) for k, a in line.items()}
     most = max((c.flops for c in costs.values()), default=0) or 1
-    told = [f"{a.get('name')} ({a.get('recipe')})<br>" + ", ".join(f"{n} {u}" for n, u in zip(amounts([a.get("cost") or {}]), ("tokens", "FLOPs", "s")))
-            for a in line.values()]
+    own = lambda a: ", ".join(f"{n} {unit}" for n, unit in zip(amounts([a.get("cost") or {}]), ("tokens", "FLOPs", "s")))
+    told = [f"{a.get('name')} ({a.get('recipe')})<br>{own(a)}" for a in line.values()]
     nodes = dict(type="scatter", mode="markers+text", x=[spots[k][0] for k in line], y=[spots[k][1] for k in line],
                  text=[str(a.get("name"))[:30] for a in line.values()], textposition="top center", hovertext=told, hoverinfo="text",
                  marker=dict(size=[9 + 21*(max(costs[k].flops, 0)/most)**.5 for k in line], line=dict(width=1, color="white"), opacity=1,
                              color=[COLOURS[7] if a.get("recipe") == "found" else COLOURS[0] for a in line.values()]))
-    ways = dict(type="scatter", mode="lines", x=[v for a, b in edges for v in (a[0], b[0], None)], y=[v for a, b in edges for v in (a[1], b[1], None)],
-                line=dict(color="#bbb", width=1), hoverinfo="skip")
-    bare = dict(visible=False, fixedrange=True)
-    return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=110 + 48*max(rows.values(), default=1),
-                margin=dict(l=20, r=20, t=20, b=20), xaxis=bare | dict(range=[-0.5, max(depths.values(), default=0) + 0.5]), yaxis=bare | dict(range=[max(rows.values(), default=1) - 0.5, -0.8])))
+    x, y = ([v for a, b in edges for v in (a[i], b[i], None)] for i in (0, 1))
+    ways = dict(type="scatter", mode="lines", x=x, y=y, line=dict(color="#bbb", width=1), hoverinfo="skip")
+    bare, wide, high = dict(visible=False, fixedrange=True), max(depths.values()), max(rows.values())
+    return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=110 + 48*high, margin=dict(l=20, r=20, t=20, b=20),
+                xaxis=bare | dict(range=[-0.5, wide + 0.5]), yaxis=bare | dict(range=[high - 0.5, -0.8])))
 
 # %% ../../nbs/batch/30_report.ipynb #bbfac8f5
 def _differing(rows: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -240,18 +244,19 @@ def _environments(seen: list[Seen]) -> list:
 # %% ../../nbs/batch/30_report.ipynb #377ff6bf
 def _run(s: Seen) -> tuple[str, list]:
     "A run's heading, and what stands under it."
-    costs, seconds, lines, n = _total(s.cards), _number(s.record.get("seconds")), s.record.get("lines"), len(s.parameters.get("seeds") or [])
+    costs, seconds, lines = _total(s.cards), _number(s.record.get("seconds")), s.record.get("lines")
+    n = len(s.parameters.get("seeds") or [])
     head = [s.record["recipe"], texts(s.parameters), f"{n} seed{'s'*(n != 1)}" if n else "", "" if seconds is None else f"{seconds:,.0f} s"]
     if costs.flops: head.append(f"its checkpoints and all before them {costs.flops:.3g} FLOPs, {costs.tokens:,.0f} tokens")
     blocks = [[str(x) for x in lines]] if isinstance(lines, list) and lines else []
     try:
         if s.metrics is not None and len(s.metrics):
-            blocks.append((_loss(s.metrics, list(_AXES), "scratch", _number(s.record.get("floor")), "Loss"), "Validation loss; arms of other "
-                           "objectives are not to be compared. A ring: here an arm reaches the end of scratch; a band spans the seeds."))
+            blocks.append((_loss(s.metrics, list(_AXES), "scratch", _number(s.record.get("floor")), "Loss"), "Validation loss; arms of "
+                           "other objectives are not to be compared. A ring: here an arm reaches scratch's end; a band spans the seeds."))
     except (Refusal, ValueError, TypeError) as e: s.notes.append(f"its curves cannot be drawn ({e})")
     try:
-        if s.cards: blocks.append((_graph(s.cards), "Lineage, from left to right; a circle's area is what its own training took in FLOPs, grey is what was "
-                                                    "found and not trained here. All costs when pointed at."))
+        if s.cards: blocks.append((_graph(s.cards), "Lineage, from left to right; a circle grows with the FLOPs of its own training, grey is "
+                                                    "what was found and not trained here. Costs are told of what one points at."))
     except (TypeError, ValueError, AttributeError) as e: s.notes.append(f"its lineage cannot be drawn ({e})")
     return f"{s.name}: {', '.join(filter(None, head))}", blocks
 
@@ -262,9 +267,10 @@ def report(seen: list[Seen]) -> str:
     bad = [s for s in seen if s.state != "finished"]
     wrong = pd.DataFrame([{"run": s.name, "state": s.state, "why": "; ".join(s.notes)} for s in bad])
     notes = pd.DataFrame([{"run": s.name, "note": "; ".join(s.notes)} for s in good if s.notes])
-    blocks = [", ".join(f"{n} {state}" for state, n in states.most_common()) + f". Made by seqwarm {seqwarm.__version__} from records, metrics and cards alone.",
-              "## Claims", "A value counts as reproduced from what is asked for in claims.toml, as partly above zero, else as not. The overview "
-              "counts runs; the lines below it are of the run with most seeds on each text.", *_claims(good)]
+    told = ", ".join(f"{n} {state}" for state, n in states.most_common())
+    blocks = [f"{told}. Made by seqwarm {seqwarm.__version__} from records, metrics and cards alone.",
+              "## Claims", "A value counts as reproduced from what is asked for in claims.toml, as partly above zero, else as not. The "
+              "overview counts runs; the lines below it are of the run with most seeds on each text.", *_claims(good)]
     if bad: blocks += ["## What did not come to its end", wrong]
     if len(notes): blocks += ["## Notes", notes]
     if good: blocks += ["## Runs", runs, "## Parameters", _parameters(good), "## Environment", *_environments(good)]

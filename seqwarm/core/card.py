@@ -29,7 +29,8 @@ def _json(path: Path) -> Any:
 def _check(a: Any) -> None:
     "TypeError if this is no entry of a lineage."
     kinds = dict(cost=dict, parents=list, terms=dict)
-    if not isinstance(a, dict) or not all(isinstance(a.get(k, kind()), kind) for k, kind in kinds.items()): raise TypeError("an ancestor is no object")
+    if not isinstance(a, dict): raise TypeError("an ancestor is no object")
+    if wrong := [k for k, kind in kinds.items() if not isinstance(a.get(k, kind()), kind)]: raise TypeError(f"the {wrong[0]} of an ancestor is odd")
     if not all(isinstance(x, (int, float)) for x in a.get("cost", {}).values()): raise TypeError("a cost is no number")
 
 @dataclass
@@ -121,6 +122,6 @@ def faults(folder: str | Path) -> list[str]:   # a few words each; none if it is
         found += [f"{n} is extra" for n in now if n not in card.files]
     else:   # a card from before files were named holds the weights alone, in its id
         weights = [file_fingerprint(p) for n, p in here.items() if fnmatchcase(n, "model*.safetensors")]
-        if card.sealed(fingerprint(weights)).id != card.id: found.append("the weights are not those of the card, which names no single file")
+        if card.sealed(fingerprint(weights)).id != card.id: found.append("the weights are not those of the card, which names no file")
     inside = sorted(p for p in folder.iterdir() if p.is_dir() and (p/_CARD).exists())
     return found + [f"{p.name}/{fault}" for p in inside for fault in faults(p)]

@@ -67,5 +67,6 @@ def measured(record: Mapping[str, Any], key: str    # the claim's id
 def each_seed(record: Mapping[str, Any], key: str) -> list[float]:
     "The same for each seed alone, as far as the record has it."
     alone = record.get("by_seed") or {}
-    found = [measured({"claims": claims}, key) for claims in alone.values() if isinstance(claims, Mapping)] if isinstance(alone, Mapping) else []
+    if not isinstance(alone, Mapping): return []
+    found = [measured({"claims": claims}, key) for claims in alone.values() if isinstance(claims, Mapping)]
     return [x for x in found if x is not None]

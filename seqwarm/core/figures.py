@@ -66,7 +66,8 @@ def _loss(metrics: pd.DataFrame, axes: list[str], reference: str, floor: float |
     levels = [_level(last, "#000", "dot", f"{reference} at its end", True)]*(reference in arms)
     if floor is not None: levels.append(_level(floor, "#888", "dash", "floor", False))
     told = {a: _AXES.get(a, a) for a in axes}
-    buttons = [dict(label=label, method="update", args=[dict(x=[x[a] for x in places]), {"xaxis.title.text": label}]) for a, label in told.items()]
+    buttons = [dict(label=label, method="update", args=[dict(x=[x[a] for x in places]), {"xaxis.title.text": label}])
+               for a, label in told.items()]
     menu = [dict(type="buttons", direction="right", buttons=buttons, x=1, xanchor="right", y=1.02, yanchor="bottom")]
     return dict(data=traces, layout=dict(template="seqwarm", title=dict(text=title), updatemenus=menu if len(axes) > 1 else [],
                 shapes=[s for s, _ in levels], annotations=[a for _, a in levels],
@@ -189,7 +190,7 @@ def page(title: str,
                           # dicts of such lists (folded away under their keys)
          ) -> str:
     "One self-contained HTML page."
-    number = count()
+    number, unfold = count(), _UNFOLD % pio.to_json(pio.templates["seqwarm"], validate=False)
     return "\n".join(["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-           f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script><script>{_UNFOLD % pio.to_json(pio.templates['seqwarm'], validate=False)}</script>"
+           f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script><script>{unfold}</script>"
            f"<h1>{escape(title)}</h1>", *(_block(b, number) for b in blocks)]) + "</html>\n"

@@ -55,7 +55,8 @@ def _loading(config: Mapping[str, Any], tokenizer: bool) -> list[str]:
     "Python that opens it."
     cls = (config.get("architectures") or ["AutoModel"])[0]
     lines = [f"from transformers import {cls}", f'model = {cls}.from_pretrained("FOLDER")']
-    if config.get("layer_mix"): lines = ["from seqwarm.core.mix import opened", 'model = opened("FOLDER")   # transformers alone leaves its mix out']
+    mixing = ["from seqwarm.core.mix import opened", 'model = opened("FOLDER")   # transformers alone leaves its mix out']
+    if config.get("layer_mix"): lines = mixing
     if tokenizer: lines += ["from transformers import AutoTokenizer", 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")']
     return lines
 
@@ -70,6 +71,6 @@ def readme(card: Card,                    # sealed
         each = ", ".join(f"{op} {n['tensors']}" for op, n in made.items())
         what += f" Its tensors came about by these operations: {each}; `plan.json` tells the origin of each."
     note = ["What a checkpoint that was found had cost before is not known, and not in the sum.", ""] if _found(card) else []
-    return "\n".join([*_head(card, kind), f"# {card.name}", "", what, "", *_table(card), "", *note, "```python", *_loading(config, tokenizer),
-                      "```", "", "`seqwarm lineage FOLDER` prints what it came from; `seqwarm verify FOLDER` compares its files with their checksums.",
-                      ""])
+    last = "`seqwarm lineage FOLDER` prints what it came from; `seqwarm verify FOLDER` compares its files with their checksums."
+    code = ["```python", *_loading(config, tokenizer), "```"]
+    return "\n".join([*_head(card, kind), f"# {card.name}", "", what, "", *_table(card), "", *note, *code, "", last, ""])

@@ -189,7 +189,7 @@ def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[
         write_whole(folder/name, content)
 
 def _sign(card: Card, folder: Path, weights: Mapping[str, str]) -> Card:
-    "Write what a checkpoint says of itself, last: the card with the checksums of all files, and a README unless there is one; the card, sealed."
+    "Write last what a checkpoint says of itself: a README, unless there is one, and the card with all checksums; it comes back sealed."
     config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
     card = card.sealed(fingerprint(list(weights.values())), checksums(folder, weights))
     if not (folder/"README.md").exists(): write_whole(folder/"README.md", readme(card, config, (folder/"tokenizer_config.json").exists()))
