@@ -212,8 +212,9 @@ def _graph(cards: list[Card]) -> dict:
     x, y = ([v for a, b in edges for v in (a[i], b[i], None)] for i in (0, 1))
     ways = dict(type="scatter", mode="lines", x=x, y=y, line=dict(color="#bbb", width=1), hoverinfo="skip")
     bare, wide, high = dict(visible=False, fixedrange=True), max(depths.values()), max(rows.values())
-    return dict(data=[ways, nodes], layout=dict(template="seqwarm", showlegend=False, height=110 + 48*high, margin=dict(l=20, r=20, t=20, b=20),
-                xaxis=bare | dict(range=[-0.5, wide + 0.5]), yaxis=bare | dict(range=[high - 0.5, -0.8])))
+    return dict(data=[ways, nodes], layout=dict(
+        template="seqwarm", showlegend=False, height=110 + 48*high, margin=dict(l=20, r=20, t=20, b=20),
+        xaxis=bare | dict(range=[-0.5, wide + 0.5]), yaxis=bare | dict(range=[high - 0.5, -0.8])))
 
 # %% ../../nbs/batch/30_report.ipynb #bbfac8f5
 def _differing(rows: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -255,8 +256,8 @@ def _run(s: Seen) -> tuple[str, list]:
                            "other objectives are not to be compared. A ring: here an arm reaches scratch's end; a band spans the seeds."))
     except (Refusal, ValueError, TypeError) as e: s.notes.append(f"its curves cannot be drawn ({e})")
     try:
-        if s.cards: blocks.append((_graph(s.cards), "Lineage, from left to right; a circle grows with the FLOPs of its own training, grey is "
-                                                    "what was found and not trained here. Costs are told of what one points at."))
+        if s.cards: blocks.append((_graph(s.cards), "Lineage, from left to right; a circle grows with the FLOPs of its own training, grey "
+                                                    "is what was found and not trained here. Costs are told of what one points at."))
     except (TypeError, ValueError, AttributeError) as e: s.notes.append(f"its lineage cannot be drawn ({e})")
     return f"{s.name}: {', '.join(filter(None, head))}", blocks
 

@@ -30,7 +30,8 @@ def _check(a: Any) -> None:
     "TypeError if this is no entry of a lineage."
     kinds = dict(cost=dict, parents=list, terms=dict)
     if not isinstance(a, dict): raise TypeError("an ancestor is no object")
-    if wrong := [k for k, kind in kinds.items() if not isinstance(a.get(k, kind()), kind)]: raise TypeError(f"the {wrong[0]} of an ancestor is odd")
+    for k, kind in kinds.items():
+        if not isinstance(a.get(k, kind()), kind): raise TypeError(f"the {k} of an ancestor is no {kind.__name__}")
     if not all(isinstance(x, (int, float)) for x in a.get("cost", {}).values()): raise TypeError("a cost is no number")
 
 @dataclass
