@@ -19,6 +19,14 @@ def test_the_table_of_results_is_that_of_the_records(name):
     record = pd.DataFrame(RECORDS[name]["table"]).round(5)
     pd.testing.assert_frame_equal(table[record.columns], record, check_dtype=False)
 
+def test_the_claims_of_records_are_what_their_tables_say():
+    sys.path.insert(0, str(ROOT/"benchmarks"))
+    from collect import judged, plain
+    for name, record in RECORDS.items():
+        found = plain(judged(record))
+        assert record["claims"] == pytest.approx(found["claims"], abs=1e-9), name
+        assert record.get("by_seed", found["by_seed"]) == found["by_seed"], name
+
 def test_pictures_of_the_readme_are_there():
     text = (ROOT/"README.md").read_text()
     pictures = [part.split(")")[0] for part in text.split("](") if part.split(")")[0].endswith(".svg")]

@@ -6,7 +6,9 @@
 __all__ = ['COLOURS', 'loss_curves', 'saved_bars', 'norm_histogram', 'share_bars', 'scores', 'by_setting', 'page']
 
 # %% ../../nbs/core/95_figures.ipynb #1dc6a8a9
+from collections.abc import Iterator, Sequence
 from html import escape
+from itertools import count
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
@@ -30,32 +32,56 @@ def _colours(arms: list[str], reference: str) -> dict[str, str]:
 # %% ../../nbs/core/95_figures.ipynb #208d1e93
 _AXES = {"tokens": "tokens seen", "flops": "training FLOPs", "step": "steps", "seconds": "seconds"}
 
-def loss_curves(metrics: pd.DataFrame,         # tidy: columns arm, seed, the one named by `by`, loss
-                by: str = "tokens",            # tokens | flops | step | seconds
+def _curves(metrics: pd.DataFrame, axes: list[str]) -> dict[str, dict[str, np.ndarray]]:
+    "Arm -> place on each axis, and mean, low and high of the loss, measurement by measurement over the seeds."
+    (arm, names), key = pd.factorize(metrics.arm), metrics["step" if "step" in metrics else axes[0]].to_numpy()
+    order = np.lexsort((key, arm)); arm, key = arm[order], key[order]
+    new = np.r_[True, (arm[1:] != arm[:-1]) | (key[1:] != key[:-1])]       # a measurement begins here
+    begin, n = np.flatnonzero(new), np.diff(np.r_[np.flatnonzero(new), len(arm)])
+    of = lambda column, how: how.reduceat(metrics[column].to_numpy(float)[order], begin)
+    table = {a: of(a, np.add)/n for a in axes} | dict(mean=of("loss", np.add)/n, low=of("loss", np.minimum), high=of("loss", np.maximum))
+    return {name: {k: x[arm[begin] == i] for k, x in table.items()} for i, name in enumerate(names)}
+
+def _level(y: float, colour: str, dash: str, text: str, above: bool) -> tuple[dict, dict]:
+    "A line across the figure, and what stands at its end."
+    return (dict(type="line", xref="x domain", x0=0, x1=1, y0=y, y1=y, line=dict(color=colour, dash=dash, width=1)),
+            dict(text=text, xref="x domain", x=1, xanchor="right", y=y, yanchor="bottom" if above else "top", showarrow=False))
+
+def _loss(metrics: pd.DataFrame, axes: list[str], reference: str, floor: float | None, title: str, log: bool = False) -> dict:
+    "The figure of `loss_curves` as plain data: quick to make, where a page has hundreds."
+    traces, places = [], []                     # places: x of each trace by axis
+    arms, last = _curves(metrics, axes), metrics[metrics.arm == reference].groupby("seed").loss.last().mean()
+    def draw(x: dict, **trace) -> None: places.append(x); traces.append(dict(type="scatter", x=x[axes[0]], **trace))
+    for arm, colour in _colours(list(arms), reference).items():
+        if arm not in arms: continue
+        curve, same = arms[arm], dict(legendgroup=arm)
+        if (curve["high"] > curve["low"]).any():
+            draw({a: np.r_[curve[a], curve[a][::-1]] for a in axes}, y=np.r_[curve["high"], curve["low"][::-1]], fill="toself",
+                 fillcolor=colour, opacity=0.15, line=dict(width=0), hoverinfo="skip", showlegend=False, **same)
+        draw(curve, y=curve["mean"], name=arm, mode="lines", line=dict(color=colour, width=3 if arm == reference else 2), **same)
+        at = {a: None if arm == reference else crossing(curve[a].tolist(), curve["mean"].tolist(), last) for a in axes}
+        if None not in at.values():
+            draw({a: [x] for a, x in at.items()}, y=[last], mode="markers", marker=dict(color=colour, size=11, symbol="circle-open",
+                 line=dict(width=3)), showlegend=False, hovertext=f"{arm} reaches it", hoverinfo="text+x", **same)
+    levels = [_level(last, "#000", "dot", f"{reference} at its end", True)]*(reference in arms)
+    if floor is not None: levels.append(_level(floor, "#888", "dash", "floor", False))
+    told = {a: _AXES.get(a, a) for a in axes}
+    buttons = [dict(label=label, method="update", args=[dict(x=[x[a] for x in places]), {"xaxis.title.text": label}])
+               for a, label in told.items()]
+    menu = [dict(type="buttons", direction="right", buttons=buttons, x=1, xanchor="right", y=1.02, yanchor="bottom")]
+    return dict(data=traces, layout=dict(template="seqwarm", title=dict(text=title), updatemenus=menu if len(axes) > 1 else [],
+                shapes=[s for s, _ in levels], annotations=[a for _, a in levels],
+                xaxis=dict(title=dict(text=told[axes[0]]), type="log" if log else "linear"),
+                yaxis=dict(title=dict(text="validation loss (nats a token)"))))
+
+def loss_curves(metrics: pd.DataFrame,         # tidy: columns arm, seed, those named by `by`, loss
+                by: str | Sequence[str] = "tokens",   # tokens | flops | step | seconds; several: a button for each
                 reference: str = "scratch",    # arm whose last loss is the level to reach
                 floor: float | None = None,    # nats a token that no model can go below
                 title: str = "",
                 log: bool = False) -> go.Figure:
     "Loss of each arm against what it cost, with the crossings of the reference's last loss."
-    fig, arms = go.Figure(), list(dict.fromkeys(metrics.arm))
-    colours = _colours(arms, reference)
-    last = metrics[metrics.arm == reference].groupby("seed").loss.last()
-    for arm in arms:
-        curve = metrics[metrics.arm == arm].groupby(by).loss.agg(["mean", "min", "max"]).reset_index()
-        x, colour = curve[by], colours[arm]
-        if metrics.seed.nunique() > 1:
-            fig.add_scatter(x=np.r_[x, x[::-1]], y=np.r_[curve["max"], curve["min"][::-1]], fill="toself", fillcolor=colour, opacity=0.15,
-                            line_width=0, hoverinfo="skip", showlegend=False, legendgroup=arm)
-        fig.add_scatter(x=x, y=curve["mean"], name=arm, legendgroup=arm, line=dict(color=colour, width=3 if arm == reference else 2))
-        at = crossing(x.tolist(), curve["mean"].tolist(), float(last.mean())) if len(last) and arm != reference else None
-        if at is not None:
-            fig.add_scatter(x=[at], y=[last.mean()], mode="markers", marker=dict(color=colour, size=11, symbol="circle-open", line_width=3),
-                            legendgroup=arm, showlegend=False, hovertext=f"{arm} reaches it at {at:,.3g}", hoverinfo="text")
-    line = lambda y, colour, dash, text, **kw: fig.add_hline(y=y, line=dict(color=colour, dash=dash, width=1), annotation_text=text, **kw)
-    if len(last): line(float(last.mean()), "#000", "dot", f"{reference} at its end")
-    if floor is not None: line(floor, "#888", "dash", "floor", annotation_position="bottom right")
-    return fig.update_layout(template="seqwarm", title=title, xaxis_title=_AXES.get(by, by), yaxis_title="validation loss (nats a token)",
-                             xaxis_type="log" if log else "linear")
+    return go.Figure(_loss(metrics, [by] if isinstance(by, str) else list(by), reference, floor, title, log))
 
 # %% ../../nbs/core/95_figures.ipynb #82b53ac8
 def saved_bars(table: pd.DataFrame,    # columns arm, seed, and one a measure, in shares (None: never reached)
@@ -130,26 +156,41 @@ def by_setting(table: pd.DataFrame,              # columns setting, value, and t
     return fig.update_layout(template="seqwarm", title=title, yaxis_title=unit, xaxis=order)
 
 # %% ../../nbs/core/95_figures.ipynb #8f31a449
-_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1{line-height:1.2}
-pre{background:#f5f5f2;padding:1rem;overflow-x:auto;border-radius:6px}
+_STYLE = """body{font:16px/1.5 system-ui,sans-serif;max-width:60rem;margin:2rem auto;padding:0 1rem;color:#222}h1,h2{line-height:1.2}
+pre{background:#f5f5f2;padding:1rem;overflow-x:auto;border-radius:6px}h2{margin-top:2.5rem}
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
-td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child{text-align:left}
-figure{margin:2rem 0}figcaption{color:#555;font-size:.95rem}summary{cursor:pointer;font-weight:600}"""
+td,th{padding:.3rem .7rem;border-bottom:1px solid #ddd;text-align:right}td:first-child,th:first-child,.words td,.words th{text-align:left}
+figure{margin:2rem 0}figcaption{color:#555;font-size:.95rem}summary{cursor:pointer;font-weight:600}details{margin:.4rem 0}
+td{vertical-align:top}"""
+_UNFOLD = """const style = %s
+document.addEventListener('toggle', e => e.target.querySelectorAll('script[type="application/json"]').forEach(s => {
+const f = JSON.parse(s.textContent)
+if (typeof f.layout.template == 'string') f.layout.template = style
+Plotly.newPlot(s.previousElementSibling, f.data, f.layout, {responsive: true}); s.remove()}), true)"""
+
+def _block(block, number: Iterator[int], folded: bool = False) -> str:
+    "One block of a page; a figure that is folded away waits as data."
+    if isinstance(block, str):
+        level, _, text = block.partition(" ")
+        return f"<h{len(level)}>{escape(text)}</h{len(level)}>" if level in ("##", "###") else f"<p>{escape(block)}</p>"
+    if isinstance(block, list): return "<pre>" + escape("\n".join(block)) + "</pre>"
+    if isinstance(block, pd.DataFrame):
+        words = "words" if not len(block.select_dtypes("number").columns) else None
+        return block.to_html(index=False, border=0, na_rep="-", float_format=lambda x: f"{x:.4g}", classes=words)
+    if isinstance(block, dict):
+        inside = {head: "".join(_block(b, number, True) for b in blocks) for head, blocks in block.items()}
+        return "".join(f"<details><summary>{escape(head)}</summary>{text}</details>" for head, text in inside.items())
+    fig, caption = block     # folded away, the figure may be plain data
+    if folded: drawn = f'<div id="figure-{next(number)}"></div><script type="application/json">{pio.to_json(fig, validate=False)}</script>'
+    else: drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{next(number)}", config=dict(responsive=True))
+    return f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>"
 
 def page(title: str,
-         blocks: list,    # strings (paragraphs), lists of strings (lines), data frames, (figure, caption) pairs
+         blocks: list,    # strings (paragraphs, headings after ## or ###), lists of strings (lines), data frames, (figure, caption) pairs,
+                          # dicts of such lists (folded away under their keys)
          ) -> str:
     "One self-contained HTML page."
-    out = ["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-           f"<title>{escape(title)}</title>"
-           f"<style>{_STYLE}</style><script>{get_plotlyjs()}</script><h1>{escape(title)}</h1>"]
-    for k, block in enumerate(blocks):
-        if isinstance(block, str): out.append(f"<p>{escape(block)}</p>")
-        elif isinstance(block, list): out.append("<pre>" + escape("\n".join(block)) + "</pre>")
-        elif isinstance(block, pd.DataFrame):
-            out.append(block.to_html(index=False, border=0, na_rep="-", float_format=lambda x: f"{x:.4g}"))
-        else:
-            fig, caption = block
-            drawn = fig.to_html(full_html=False, include_plotlyjs=False, div_id=f"figure-{k}", config=dict(responsive=True))
-            out.append(f"<figure>{drawn}<figcaption>{escape(caption)}</figcaption></figure>")
-    return "\n".join(out) + "</html>\n"
+    number, unfold = count(), _UNFOLD % pio.to_json(pio.templates["seqwarm"], validate=False)
+    return "\n".join(["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
+           f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script><script>{unfold}</script>"
+           f"<h1>{escape(title)}</h1>", *(_block(b, number) for b in blocks)]) + "</html>\n"

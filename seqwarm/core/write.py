@@ -16,11 +16,13 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from tqdm import tqdm
-from .checkpoint import Card, Checkpoint, _quiet, finite, head
+from .card import Card, checksums
+from .checkpoint import Checkpoint, _quiet, finite, head
 from .errors import Refusal
 from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
 from .mix import mixing
 from .plan import Plan, Row
+from .readme import readme
 
 # %% ../../nbs/core/22_write.ipynb #98012b9b
 def _dtype(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.dtype:
@@ -171,7 +173,7 @@ def write(plan: Plan,
                 parents = [s.card for s in sources.values() if hasattr(s, "card")]
                 card = Card.child(Path(out).name, plan.recipe, parents, plan=plan.summary())
             for future in there: future.result()
-        card.sealed(fingerprint(hashes)).write(tmp)
+        _sign(card, tmp, dict(zip(_names(len(files)), hashes)))
     return Checkpoint(out)
 
 def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[str, Any], folder: Path) -> None:
@@ -185,6 +187,14 @@ def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[
         if (folder/name).exists() or name.startswith("model") or name == "seqwarm.json":
             raise Refusal(f"{name} is a file of the checkpoint itself", "choose another name")
         write_whole(folder/name, content)
+
+def _sign(card: Card, folder: Path, weights: Mapping[str, str]) -> Card:
+    "Write last what a checkpoint says of itself: a README, unless there is one, and the card with all checksums; it comes back sealed."
+    config = json.loads((folder/"config.json").read_text(encoding="utf-8"))
+    card = card.sealed(fingerprint(list(weights.values())), checksums(folder, weights))
+    if not (folder/"README.md").exists(): write_whole(folder/"README.md", readme(card, config, (folder/"tokenizer_config.json").exists()))
+    card.write(folder)
+    return card
 
 def _tokenizer(tokenizer: Any, kind: str, folder: Path) -> None:
     "Save a tokenizer so that AutoTokenizer loads it as what it is, whatever the model's type."
@@ -221,12 +231,11 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
          ) -> Checkpoint:                    # what was written
     "Write a trained model with tokenizer and card, and in folders inside what was trained with it; the folder is whole, or not there."
     with whole_folder(out) as tmp:
+        for name, tensors in (extra or {}).items(): save_file(tensors, tmp/name)
         for name, part in (model.saved() if hasattr(model, "saved") else {"": model}).items():
             folder = tmp/name
             with _quiet(): part.save_pretrained(folder)
             _tokenizer(tokenizer, part.config.model_type, folder)
             card = Card.child(name, card.recipe, [card]) if name else card   # what all took together is the first one's cost
-            card = card.sealed(fingerprint([file_fingerprint(f) for f in sorted(folder.glob("model*.safetensors"))]))
-            card.write(folder)
-        for name, tensors in (extra or {}).items(): save_file(tensors, tmp/name)
+            card = _sign(card, folder, {f.name: file_fingerprint(f) for f in sorted(folder.glob("model*.safetensors"))})
     return Checkpoint(out)
