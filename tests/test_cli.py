@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from seqwarm import __version__
 from seqwarm.batch.cli import main
-from seqwarm.batch.run import recipes
+from seqwarm.batch.parameters import recipes
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import notebook
 

@@ -71,7 +71,7 @@ def top_names(path: Path) -> set[str]: return {n.split(".")[0] for n in imports(
 
 @pytest.mark.parametrize("path", MODULES, ids=label)
 def test_a_module_imports_only_what_is_installed_with_it(path):
-    distribution = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jupyter_client": "nbclient", "IPython": "ipykernel", "packaging": "transformers"}
+    distribution = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jupyter_client": "nbclient", "IPython": "ipykernel", "packaging": "transformers", "rich": "typer", "psutil": "accelerate"}
     wanted = {distribution.get(n, n) for n in top_names(path)} - set(sys.stdlib_module_names) - {"seqwarm", "__future__", ""}
     has = {canonicalize_name(Requirement(r).name) for r in settings["requirements"].split()}
     assert {canonicalize_name(n) for n in wanted} <= has

@@ -14,12 +14,12 @@ from seqwarm.core.stages import Stage, chains
 from seqwarm.core.text import Text
 from seqwarm.core.train import train
 from seqwarm.methods.grow import grow
-from seqwarm.recipes.growth import (_CAUSAL, _CLASSES, _FORBIDDEN, _SIZES, Models, _best, _fresh, _order, _told, _top_first, _ways, best_rate, claims_of, compared, results, sized,
+from seqwarm.recipes.growth import (_arms, _CAUSAL, _CLASSES, _FORBIDDEN, _SIZES, Models, _best, _fresh, _order, _parts, _sparse, _told, _top_first, _ways, best_rate, claims_of, compared, results, sized,
                                     trained)
 
 pytestmark = pytest.mark.usefixtures("quick")
 WISH = dict(seeds=[0], text="world:a", valid=None, kind="gpt2", arms=None, shares=None, rates=None, warm_rate=None, small_rate=None, small_steps=None, steps=None, words=None, vocab=None, length=None,
-            batch=None, width=None, layers=None, small_width=None, small_layers=None, head=16, apart=1.0)
+            batch=None, width=None, layers=None, small_width=None, small_layers=None, head=16, experts=4, apart=1.0)
 
 @pytest.mark.parametrize("wish, says", [
     (dict(arms=["fip+stack"]), "did you mean"), (dict(arms=["fpi+"]), "there is no way to grow 'fpi"), (dict(arms=["fpi+fpi"]), "there is no way to grow"), (dict(arms=["fpi+stack+stack"]), "there is no way"),
@@ -27,7 +27,8 @@ WISH = dict(seeds=[0], text="world:a", valid=None, kind="gpt2", arms=None, share
     (dict(arms=["fpi"]), "the arm fpi does not say how to grow in depth; add one of interpolate, stack, identity"), (dict(arms=["stack"]), "does not say how to grow in width"),
     (dict(arms=["fpi+stack"], layers=1), "grows in depth, and both models have the same; leave stack out"), (dict(arms=["fpi+stack"], width=32), "grows in width, and both models have the same"),
     (dict(arms=["lemon+stack"], kind="bert"), "the norms of a bert stand in the way of lemon"), (dict(arms=["zero+stack"]), "the norms of a gpt2"), (dict(arms=["fpi+identity"], kind="mpnet"), "in the way of identity"),
-    (dict(arms=["fpi/top"], layers=1), "trains upper layers first, and there is one"), (dict(kind="gtp2"), "did you mean 'gpt2'"), (dict(text="wrld:a"), "did you mean 'world:'"),
+    (dict(arms=["fpi/twice"], layers=1), "grows twice, and here one axis grows"), (dict(arms=["fpi+stack/upcycle"]), "a gpt2 has no relative with experts; give kind llama"), (dict(arms=["upcycle"]), "has no relative"),
+    (dict(arms=["ligo+identity"]), "ligo cannot begin with layers of zeros"), (dict(experts=0), "experts cannot be 0"), (dict(arms=["upcycle/top"]), "there is no way to grow"), (dict(arms=["fpi/top"], layers=1), "trains upper layers first, and there is one"), (dict(kind="gtp2"), "did you mean 'gpt2'"), (dict(text="wrld:a"), "did you mean 'world:'"),
     (dict(rates=[]), "rates is an empty list"), (dict(rates=[0.0]), "a learning rate cannot be 0"), (dict(warm_rate=-1.0), "a learning rate cannot be -1"), (dict(small_rate=float("nan")), "a learning rate cannot be nan"),
     (dict(shares=[0.0]), "shares cannot hold 0"), (dict(shares=[1.5]), "shares cannot hold 1.5"), (dict(apart=1.5), "apart cannot be 1.5"), (dict(width=40), "width cannot be 40; give a multiple of the head size 16"),
     (dict(small_width=128), "small_width is above width"), (dict(small_layers=3), "small_layers is above layers"), (dict(steps=0), "steps cannot be 0"), (dict(small_steps=0), "small_steps cannot be 0"),
@@ -44,8 +45,9 @@ def test_every_scale_can_be_wished_for_with_every_kind():
     with pytest.raises(Refusal, match="there is no scale"): sized("tiny", **WISH)
 
 def test_ways():
-    assert _ways("fpi") == ("fpi", None, False) and _ways("stack") == (None, "stack", False) and _ways("aki+interpolate") == _ways("interpolate+aki") == ("aki", "interpolate", False)
-    assert _ways("lemon+identity/top") == ("lemon", "identity", True)
+    assert _ways("fpi") == ("fpi", None, "") and _ways("stack") == (None, "stack", "") and _ways("aki+interpolate") == _ways("interpolate+aki") == ("aki", "interpolate", "")
+    assert _ways("lemon+identity/top") == ("lemon", "identity", "top") and _ways("ligo+stack/upcycle") == ("ligo", "stack", "upcycle") and _ways("upcycle") == (None, None, "upcycle")
+    assert _parts("aki+stack/twice") == ["aki", "stack"] and _parts("aki+stack/top") == ["aki+stack/top"]
 
 SMALL = dict(words=6000, steps=8, small_steps=6, layers=2, width=32, small_width=16, head=8, length=16, batch=4, vocab=300, rates=[1e-3, 4e-3], shares=[0.5, 1.0], save_every=100)
 
@@ -91,6 +93,21 @@ def test_what_an_arm_comes_from_and_costs(causal, done):
         if arm != "small": assert t.history.step.iloc[-1] == share*p.steps and t.card.parents == [causal.grown(arm).card.id]
     assert done["fpi+interpolate/top", 1.0].card.cost["flops"] < scratch.cost["flops"]
     assert done["small", 1.0].history.step.iloc[-1] > p.steps and best_rate(p, causal) in p.rates
+
+@pytest.mark.parametrize("kind, arms", [("llama", ["ligo+stack", "fpi+identity/twice", "upcycle", "fpi+identity/upcycle"]), ("bert", ["ligo+interpolate", "aki+stack/twice"])])
+def test_all_that_growing_takes_is_part_of_an_arm(tmp_path_factory, text, kind, arms):
+    m = models(tmp_path_factory, text, kind=kind, arms=arms, shares=[1.0], steps=40)
+    rate, small = 1e-3, m.small()
+    scratch = m.scratch(rate)
+    for arm in arms:
+        t = m.arm(arm, 1.0, rate)
+        h, own = t.history, lineage(t.card) - lineage(small.card)
+        assert h.flops.iloc[-1] == pytest.approx(own.flops, rel=1e-9) and h.tokens.iloc[-1] == pytest.approx(own.tokens) and h.flops.is_monotonic_increasing and h.step.is_monotonic_increasing, arm
+        assert own.flops == pytest.approx(scratch.card.cost["flops"], rel=0.05), arm
+        if "ligo" in arm: assert h.flops.iloc[0] > 0 and h.step.iloc[-1] < 40
+        if "twice" in arm: assert [x["recipe"] for x in t.card.ancestors.values()].count("growth") == 4 and h.flops.iloc[0] == 0 and h.step.iloc[0] == 0       # small, wider, trained, deeper
+        if "upcycle" in arm: assert Checkpoint(t.path).layout.find("router") and len(t.card.ancestors) == 1 + (arm != "upcycle") + 1
+        if arm == "upcycle" or "identity" in arm: assert h.loss.iloc[0] == pytest.approx(small.history.loss.iloc[-1], abs=1e-4)
 
 def test_what_was_made_is_found_again(causal, done):
     arm = causal.p.arms[0]
@@ -153,16 +170,22 @@ def table(**arms):
 def test_the_best_arm_has_to_get_there_on_every_seed():
     t = table(scratch=[(6, 0.0)]*2, aki=[(3, 0.9), (3, None)], fpi=[(2, 0.3), (2, 0.5)], small=[(2, 0.2), (2, 0.4)])
     assert _best(t, ["aki", "fpi"]) == pytest.approx(0.4) and _best(t, ["aki"]) is None and _best(t, []) is None and _best(table(x=[(1, None)]), ["x"]) is None
-    assert claims_of(t, "llama") == {"growth-gpt": pytest.approx(0.4), "growth-paid": pytest.approx(0.3), "growth-order": None, "growth-control": pytest.approx(0.1)}
+    assert claims_of(t, "llama") == {"growth-gpt": pytest.approx(0.4), "growth-paid": pytest.approx(0.3), "growth-order": None, "growth-control": pytest.approx(0.1), "growth-sparse": None}
     never = table(scratch=[(6, 0.0)], fpi=[(2, 0.3)], small=[(2, None)])
-    assert claims_of(never, "bert") == {"growth-bert": pytest.approx(0.3), "growth-paid": pytest.approx(0.2), "growth-order": None, "growth-control": pytest.approx(0.3)}
+    assert claims_of(never, "bert") == {"growth-bert": pytest.approx(0.3), "growth-paid": pytest.approx(0.2), "growth-order": None, "growth-control": pytest.approx(0.3), "growth-sparse": None}
     slow = table(scratch=[(6, 0.0)], fpi=[(2, 0.3)], small=[(2, -0.5)])
     assert claims_of(slow, "gpt2")["growth-control"] == pytest.approx(0.3)         # who takes longer than scratch saves nothing
-    assert claims_of(table(scratch=[(6, 0.0)], fpi=[(2, None)], small=[(2, 0.1)]), "gpt2") == {"growth-gpt": None, "growth-paid": None, "growth-order": None, "growth-control": None}
+    assert claims_of(table(scratch=[(6, 0.0)], fpi=[(2, None)], small=[(2, 0.1)]), "gpt2") == {"growth-gpt": None, "growth-paid": None, "growth-order": None, "growth-control": None, "growth-sparse": None}
 
 def test_a_goal_behind_the_small_model_gives_no_verdict():
     behind = table(scratch=[(6, 0.0)], fpi=[(2, 1.0)], small=[(2, 1.0)]).assign(small_loss=0.5)
     assert set(claims_of(behind, "gpt2").values()) == {None}
+
+def test_upcycled_models_are_set_against_the_dense_ones_they_were():
+    t = table(small=[(2, 0.1)]*2, aki=[(3, 0.2)]*2, upcycle=[(2, 0.1)]*2, **{"aki/upcycle": [(3, 0.4)]*2, "fpi/upcycle": [(3, 0.4)]*2})
+    t["last_loss"] = t.arm.map(dict(small=2.0, aki=1.5, upcycle=1.9, **{"aki/upcycle": 1.2, "fpi/upcycle": 0.1})) + 0.1*t.seed
+    assert _sparse(t) == pytest.approx(0.3) and _sparse(t[t.arm.isin(["small", "upcycle"])]) == pytest.approx(0.1) and _sparse(t[t.arm != "aki"]) == pytest.approx(0.1) and _sparse(t[t.arm == "aki"]) is None
+    assert _best(t, _arms(t)) == pytest.approx(0.2)       # what has experts is no larger dense model
 
 def test_order_counts_neighbours():
     firsts = lambda *x: table(**{a: [(f, 0.0)] for a, f in zip(["small", "fpi+interpolate", "fpi+stack", "aki+interpolate", "scratch"], x)})

@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 from seqwarm.batch import run as runner
-from seqwarm.batch.run import Failure, Parameter, describe_parameters, find_recipe, parameters, recipes, run
+from seqwarm.batch.parameters import Parameter, describe_parameters, find_recipe, parameters, recipes
+from seqwarm.batch.run import Failure, run
 from seqwarm.core.errors import Refusal
 from seqwarm.core.files import Lock
 sys.path.insert(0, str(Path(__file__).parent))

@@ -228,6 +228,8 @@ class Cost:
 
     def __add__(self, other: "Cost") -> "Cost":
         return Cost(*(a + b for a, b in zip(asdict(self).values(), asdict(other).values())))
+    def __sub__(self, other: "Cost") -> "Cost":
+        return Cost(*(a - b for a, b in zip(asdict(self).values(), asdict(other).values())))
     def as_dict(self) -> dict[str, float]: return asdict(self)
     @classmethod
     def of(cls, d: "Mapping | Cost | None") -> "Cost":

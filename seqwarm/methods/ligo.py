@@ -163,8 +163,9 @@ def ligo(source: Checkpoint, tokenizer: Any, corpus: Corpus,
         return ask(packed, Draws(seed, step, packed.samples), model.config, tokenizer)
     maps, losses = _trained(plan, source, model, batches, steps, lr)
     cost = _cost(plan, name, corpus.length, batch, steps, old) + Cost(seconds=time.perf_counter() - began)
-    notes = dict(method="ligo", exact=False, layers=found, depth=method if order is None else "order", steps=steps, losses=losses,
-                 maps=sum(x.numel() for x in maps.values()), cost=cost.as_dict())
+    notes = dict(method="ligo", ways=["ligo"], exact=False, why=["its maps are trained"], layers=found,
+                 depth=method if order is None else "order", steps=steps, losses=losses, cost=cost.as_dict(),
+                 maps=sum(x.numel() for x in maps.values()))
     return replace(plan, arrays=maps, notes=notes)
 
 def carry_out(plan: Plan, source: Checkpoint,

@@ -17,21 +17,25 @@ import torch
 from accelerate import PartialState
 from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, MPNetForMaskedLM,
                           PreTrainedModel, RobertaPreLayerNormForMaskedLM)
+from .. import __version__
 from ..core.checkpoint import Card, Checkpoint
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import fingerprint
 from ..core.fresh import apart_first, fresh, fresh_encoder
 from ..core.layout import Layout, layout
-from ..core.ledger import crossing, lineage, saved
+from ..core.ledger import Cost, crossing, lineage, saved
 from ..core.masked import Masked
 from ..core.plan import Plan
 from ..core.record import settings
 from ..core.stages import Stage
 from ..core.text import Text, with_words
-from ..core.train import Trained, train
+from ..core.train import Trained, costs, train
 from ..core.write import write
 from ..methods.depth import DEPTHS
+from ..methods.experts import upcycle
 from ..methods.grow import grow
+from ..methods.ligo import ligo
+from ..methods.router import Sparse
 from ..methods.width import WIDTHS
 
 # %% ../../nbs/recipes/40_growth.ipynb #c2df7526
@@ -59,20 +63,23 @@ def sized(scale: str, **wishes: Any) -> SimpleNamespace:
     p.text, p.valid = with_words(p.text, p.words), p.valid and with_words(p.valid, p.words)
     return p
 
-def _ways(arm: str) -> tuple[str | None, str | None, bool]:
-    "How an arm grows in width and in depth, and whether its upper layers train first."
-    ways = arm.removesuffix("/top").split("+")
-    wide, deep = (next((w for w in ways if w in known), None) for known in (WIDTHS, DEPTHS))
-    if len(ways) > (wide is not None) + (deep is not None):
-        raise unknown("way to grow", arm, [*WIDTHS, *DEPTHS, *(f"{w}+{d}" for w in WIDTHS for d in DEPTHS)])
-    return wide, deep, arm.endswith("/top")
+_WIDTHS, _THEN = (*WIDTHS, "ligo"), ("top", "twice", "upcycle")
+
+def _ways(arm: str) -> tuple[str | None, str | None, str]:
+    "How an arm grows in width and in depth, and what is particular in its training."
+    ways, stroke, then = arm.partition("/")
+    if arm == "upcycle": return None, None, arm
+    wide, deep = (next((w for w in ways.split("+") if w in known), None) for known in (_WIDTHS, DEPTHS))
+    if len(ways.split("+")) > (wide is not None) + (deep is not None) or bool(stroke) != (then in _THEN):
+        raise unknown("way to grow", arm, ["upcycle", *_WIDTHS, *DEPTHS, *(f"{w}+{d}" for w in _WIDTHS for d in DEPTHS)])
+    return wide, deep, then
 
 # %% ../../nbs/recipes/40_growth.ipynb #6f05ab7c
 def _check(p: SimpleNamespace) -> None:
     "Refuse, before anything is read or trained, what cannot be."
     for key in ("seeds", "arms", "shares", "rates"): named_once(f"parameter {key}", getattr(p, key))
     if p.kind not in _CLASSES: raise unknown("kind of model", p.kind, _CLASSES)
-    for key in ("small_steps", "steps", "words", "batch", "width", "layers", "small_width", "small_layers", "head"):
+    for key in ("small_steps", "steps", "words", "batch", "width", "layers", "small_width", "small_layers", "head", "experts"):
         number(f"parameter {key}", getattr(p, key), 1)
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
@@ -87,8 +94,13 @@ def _check(p: SimpleNamespace) -> None:
         if getattr(p, f"small_{key}") > getattr(p, key): raise Refusal(f"parameter small_{key} is above {key}", "growth only adds")
     grows = (p.width > p.small_width, p.layers > p.small_layers)
     for arm in p.arms:
-        if _ways(arm)[2] and p.layers < 2: raise Refusal(f"the arm {arm} trains upper layers first, and there is one", "give more layers")
-        for way, does, axis, known in zip(_ways(arm)[:2], grows, ("width", "depth"), (WIDTHS, DEPTHS)):
+        wide, deep, then = _ways(arm)
+        if then == "top" and p.layers < 2: raise Refusal(f"the arm {arm} trains upper layers first, and there is one", "give more layers")
+        if then == "twice" and not all(grows): raise Refusal(f"the arm {arm} grows twice, and here one axis grows", "leave /twice out")
+        if then == "upcycle" and p.kind != "llama": raise Refusal(f"a {p.kind} has no relative with experts", "give kind llama")
+        if (wide, deep) == ("ligo", "identity"): raise Refusal("the maps of ligo cannot begin with layers of zeros", "take ligo+stack")
+        if arm == "upcycle": continue
+        for way, does, axis, known in zip((wide, deep), grows, ("width", "depth"), (_WIDTHS, DEPTHS)):
             if does and way is None: raise Refusal(f"the arm {arm} does not say how to grow in {axis}", f"add one of {', '.join(known)}")
             if p.kind in _FORBIDDEN.get(way, ()): raise Refusal(f"the norms of a {p.kind} stand in the way of {way}", "take another")
             if way and not does: raise Refusal(f"the arm {arm} grows in {axis}, and both models have the same", f"leave {way} out")
@@ -116,14 +128,26 @@ class Models:
     def __init__(self, p: SimpleNamespace, store: Path, text: Text, seed: int):
         self.p, self.store, self.text, self.seed = p, store, text, seed
 
+    def _module(self, model: PreTrainedModel) -> torch.nn.Module:
+        "The model with the losses that it is trained by."
+        if self.p.kind not in _CAUSAL: return Masked(model)
+        return Sparse(model) if layout(model.config, type(model).__name__).find("router") else model
+
+    def _stages(self, steps: int, rate: float) -> list[Stage]:
+        ask = _objective(self.p)
+        return [Stage(steps, rate)] if ask == "causal" else apart_first(steps, rate, ask, self.p.apart)
+
     def _train(self, name: str, model: PreTrainedModel, steps: int, rate: float, parents: tuple[Card, ...] = (), top: int = 0) -> Trained:
         "Train a model; with `top`, the first half of the steps trains so many upper layers and the head alone."
-        p, t, causal = self.p, self.text, self.p.kind in _CAUSAL
-        module = model if causal else Masked(model)
-        stages = [Stage(steps, rate)] if causal else apart_first(steps, rate, "mlm?rate=0.15", p.apart)
-        if top: stages = _top_first(stages, _lower(layout(model.config, type(model).__name__) if causal else module.layout, p.layers - top))
+        p, t, module, stages = self.p, self.text, self._module(model), self._stages(steps, rate)
+        if top: stages = _top_first(stages, _lower(_layout(module), p.layers - top))
         return train(module, t.tokenizer, t.train, t.valid, stages, self.store, f"{name} {self.seed}", "growth", parents, batch=p.batch,
                      seed=self.seed, save_every=max(100, steps//4), sequences=min(64, len(t.valid)))
+
+    def _steps(self, model: PreTrainedModel, flops: float) -> int:
+        "How many steps of a model so many FLOPs pay for."
+        step, _ = costs(_layout(self._module(model)), self._stages(1, 1.0)[0], self.p.length, self.p.batch)
+        return max(1, round(flops/step.flops))
 
     def small(self) -> Trained:
         p = self.p
@@ -136,36 +160,66 @@ class Models:
 
     def on(self, share: float, rate: float) -> Trained:
         "The control: the small model trained on, for the FLOPs that a share of scratch's steps takes."
-        small, per = self.small(), self.scratch(rate).card.cost["flops"]/self.p.steps
-        own = small.card.cost["flops"]/self.p.small_steps
-        steps = max(1, round(share*self.p.steps*per/own))
-        return self._train(f"small, on for {share:g}", _opened(self.p, small.path), steps, self.p.small_rate, (small.card,))
+        small, model = self.small(), _opened(self.p, self.small().path)
+        steps = self._steps(model, share*self.scratch(rate).card.cost["flops"])
+        return self._train(f"small, on for {share:g}", model, steps, self.p.small_rate, (small.card,))
 
-    def grown(self, arm: str) -> Checkpoint:
-        "The small model, grown; found again if it was before."
-        small = Checkpoint(self.small().path)
-        plan = grow_plan(self.p, small, arm, self.seed)
-        out = self.store/f"grown-{fingerprint([plan.fingerprint, small.card.id])}"
-        card = Card.child(f"{arm} {self.seed}", "growth", [small.card], plan=plan.summary())
+    def grown(self, arm: str, source: Path | None = None) -> Checkpoint:
+        "The small model (or another source), grown as an arm begins; found again if it was before."
+        if arm.endswith("/upcycle"): arm, source = "upcycle", self.grown(arm.removesuffix("/upcycle"), source).path
+        p, source = self.p, Checkpoint(source or self.small().path)
+        told = [source.card.id, arm, self.seed, p.width, p.layers, p.experts, p.steps, p.batch, self.text.train.fingerprint, __version__]
+        out = self.store/f"grown-{fingerprint(told)}"
         with PartialState().main_process_first():   # of several ranks one writes
-            if not out.exists(): write(plan, {"source": small}, out, self.text.tokenizer, card)
+            if not out.exists():
+                plan = grow_plan(p, source, arm, self.seed, self.text)
+                card = Card.child(f"{arm} {self.seed}", "growth", [source.card], plan.notes.get("cost"), plan.summary())
+                write(plan, {"source": source}, out, self.text.tokenizer, card)
         return Checkpoint(out)
 
     def arm(self, arm: str, share: float, rate: float) -> Trained:
-        "A grown model, trained for a share of scratch's steps."
-        start = self.grown(arm)
-        return self._train(f"{arm}, {share:g}", _opened(self.p, start.path), max(1, round(share*self.p.steps)), rate, (start.card,),
-                           self.p.layers//2 if _ways(arm)[2] else 0)
+        "A grown model, trained for the FLOPs of a share of scratch's steps."
+        p, done, parts = self.p, None, _parts(arm)
+        for i, way in enumerate(parts):
+            start = self.grown(way, done and done.path)
+            spent = lineage(start.card) - lineage(self.small().card)
+            model = _opened(p, start.path)
+            steps = self._steps(model, share*self.scratch(rate).card.cost["flops"]*(i + 1)/len(parts) - spent.flops)
+            after = self._train(f"{arm}, {share:g}", model, steps, rate, (start.card,), p.layers//2 if arm.endswith("/top") else 0)
+            done = _after(done, spent, after)
+        return done
+
 
 # %% ../../nbs/recipes/40_growth.ipynb #df7233ff
+def _objective(p: SimpleNamespace) -> str: return "causal" if p.kind in _CAUSAL else "mlm?rate=0.15"
+
+def _layout(module: torch.nn.Module) -> Layout:
+    return module.layout if hasattr(module, "layout") else layout(module.config, type(module).__name__)
+
+def _parts(arm: str) -> list[str]:
+    "What an arm grows by, one training after each."
+    wide, deep, then = _ways(arm)
+    return [wide, deep] if then == "twice" else [arm]
+
 def grow_plan(p: SimpleNamespace,
-              small: Checkpoint,
+              source: Checkpoint,
               arm: str,
-              seed: int) -> Plan:     # for the source "source"
-    "The plan of an arm: wider, then deeper."
-    wide, deep, _ = _ways(arm)
-    sizes = dict(hidden=p.width) if wide else {}
-    return grow(small, layers=p.layers if deep else None, wide=wide or "fpi", deep=deep or "stack", seed=seed, **sizes)
+              seed: int,
+              text: Text) -> Plan:     # for the source "source"
+    "The plan by which an arm begins: wider, then deeper, or with experts."
+    (wide, deep, _), objective = _ways(arm), _objective(p)
+    if arm == "upcycle": return upcycle(source, p.experts, seed=seed)
+    sizes = dict(hidden=p.width if wide else None, layers=p.layers if deep else None)
+    if wide != "ligo": return grow(source, **sizes, wide=wide or "fpi", deep=deep or "stack", seed=seed)
+    steps = min(100, max(1, p.steps//20))      # the paper trains its maps for 100
+    return ligo(source, text.tokenizer, text.train, **sizes, method=deep or "stack", steps=steps, batch=p.batch, name=objective, seed=seed)
+
+def _after(before: Trained | None, spent: Cost, t: Trained) -> Trained:
+    "A training that goes on where so much was spent on growing and on what another trained; as one curve."
+    h = t.history.assign(**{k: t.history[k] + x for k, x in spent.as_dict().items()})
+    if before is None: return replace(t, history=h)
+    h["step"] += before.history.step.iloc[-1]
+    return replace(t, history=pd.concat([before.history, h], ignore_index=True))
 
 def _lower(lay: Layout, layers: int) -> tuple[str, ...]:
     "The words for so many lower layers and what they read; but the token embeddings, which are the head as well."
@@ -224,7 +278,9 @@ def _best(table: pd.DataFrame, arms: Iterable[str], column: str = "saved") -> fl
     means = values.groupby([table.arm, table.share]).agg(lambda x: x.mean(skipna=False)).dropna()
     return float(means.max()) if len(means) else None
 
-def _arms(table: pd.DataFrame) -> list[str]: return [a for a in table.arm.unique() if a not in ("scratch", "small")]
+def _arms(table: pd.DataFrame) -> list[str]:
+    "The larger dense ones."
+    return [a for a in table.arm.unique() if a not in ("scratch", "small") and not a.endswith("upcycle")]
 
 def compared(records: Iterable[dict[str, Any]]) -> pd.DataFrame:    # columns setting, arm, value (percent of FLOPs saved)
     "What the best arm and the small model trained on save, in several runs."
@@ -242,7 +298,13 @@ def claims_of(table: pd.DataFrame, kind: str) -> dict[str, float | None]:
     best, paid = (_best(table, _arms(table), by) if beyond else None for by in ("saved", "saved_all"))
     lead = None if best is None else best - max(_best(table, ["small"]) or 0.0, 0.0)      # who never gets there saves nothing
     return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": paid, "growth-order": _order(table),
-            "growth-control": lead}
+            "growth-control": lead, "growth-sparse": _sparse(table)}
+
+def _sparse(table: pd.DataFrame) -> float | None:
+    "By how many nats the best upcycled model ends below the dense one that it was, trained for as many FLOPs; means over the seeds."
+    last = table.groupby(["arm", "share"]).last_loss.mean()
+    dense = lambda arm: "small" if arm == "upcycle" else arm.removesuffix("/upcycle")
+    return max((last[dense(a), s] - x for (a, s), x in last.items() if a.endswith("upcycle") and (dense(a), s) in last.index), default=None)
 
 def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate: float) -> list[str]:
     "The result in some lines."
@@ -250,8 +312,8 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate:
     lines = [f"on {p.text}: {p.kind}, {p.small_layers} layers x {p.small_width} become {p.layers} x {p.width}; "
              f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {rate:g}; {len(p.seeds)} seed(s)",
              f"the small model ends at {table.small_loss.mean():.3f} nats a token, scratch at {table.scratch_loss.mean():.3f}",
-             "arm                   share   first loss   last loss   FLOPs saved   with the small model's"]
+             "arm                       share   first loss   last loss   FLOPs saved   with the small model's"]
     for (arm, share), t in table.groupby(["arm", "share"], sort=False):
         each = [percent(pd.to_numeric(t[k]).mean(skipna=False)) for k in ("saved", "saved_all")]
-        lines.append(f"{arm:20s}  {share:5.2f}  {t.first_loss.mean():10.3f}  {t.last_loss.mean():10.3f}  {each[0]:>11s}  {each[1]:>11s}")
+        lines.append(f"{arm:24s}  {share:5.2f}  {t.first_loss.mean():10.3f}  {t.last_loss.mean():10.3f}  {each[0]:>11s}  {each[1]:>11s}")
     return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g}'}" for k, v in claims.items())]
