@@ -48,10 +48,10 @@ def main(n: int) -> None:
             subprocess.run([sys.executable, "-c", code, "report"], cwd=d, check=True, stdout=subprocess.DEVNULL)
             after = resource.getrusage(resource.RUSAGE_CHILDREN)
             times.append((time.perf_counter() - begun, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime))
-        seconds, cpu = min(times)
+        seconds, cpu = min(times)   # by the clock, which says little on a machine that others use, and of one core
         size = (Path(d)/"report.html").stat().st_size/1e6
-        row = dict(runs=n, seconds=round(seconds, 2), cpu_seconds=round(cpu, 2), page_MB=round(size, 1), cores=os.cpu_count())
+        row = dict(runs=n, cpu_seconds=round(cpu, 2), page_MB=round(size, 1), cores=os.cpu_count())
     pd.DataFrame([row]).to_csv(OUT, index=False)
-    print(row)
+    print(row, f"by the clock {seconds:.1f} s")
 
 if __name__ == "__main__": main(int(sys.argv[1]) if len(sys.argv) > 1 else 200)

@@ -231,7 +231,7 @@ def _parameters(seen: list[Seen]) -> dict[str, list]:
     for recipe in dict.fromkeys(s.record["recipe"] for s in seen):
         apart, same = _differing({s.name: s.parameters for s in seen if s.record["recipe"] == recipe})
         told = f"{recipe}: {len(apart)} runs, {apart.shape[1] - 1} parameters differ" if len(apart) > 1 else f"{recipe}: one run"
-        found[told] = [apart, "The same in all: " + ", ".join(f"{k} {v}" for k, v in same.items())]
+        found[told] = [apart]*(len(apart) > 1) + ["The same in all: " + ", ".join(f"{k} {v}" for k, v in same.items())]
     return found
 
 def _environments(seen: list[Seen]) -> list:
