@@ -13,19 +13,17 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import torch
-from accelerate import PartialState
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 from ..core.checkpoint import Card, Checkpoint
 from ..core.corpus import parse
 from ..core.errors import Refusal, named_once, number, unknown
-from ..core.files import fingerprint
 from ..core.layout import Layout
 from ..core.ledger import Cost, crossing, saved
 from ..core.plan import Plan
 from ..core.text import Text, with_words
 from ..core.train import Stage, Trained, train
 from ..core.vocab import load_tokenizer
-from ..core.write import write
+from ..core.write import write_once
 from ..methods.clp import clp, fit
 from ..methods.embed import METHODS
 
@@ -107,13 +105,8 @@ def existing(p: SimpleNamespace, store: Path, a: Text | None, b: Text, seed: int
 # %% ../../nbs/recipes/10_clp.ipynb #58eae8c3
 def warm(store: Path, sources: dict[str, Checkpoint], plan: Plan) -> Checkpoint:
     "The new model's first checkpoint by a plan; found again if it was written before."
-    parents = [c.card for c in sources.values()]
-    out = store/f"warm-{fingerprint([plan.fingerprint, *(c.id for c in parents)])}"
-    with PartialState().main_process_first():   # of several ranks one writes
-        if not out.exists():
-            card = Card.child(f"{plan.notes['method']} {plan.seed}", "clp", parents, plan=plan.summary())
-            write(plan, sources, out, fit(*(load_tokenizer(sources[x].path) for x in ("helper", "source"))), card)
-    return Checkpoint(out)
+    tokenizer = fit(*(load_tokenizer(sources[x].path) for x in ("helper", "source")))
+    return write_once(plan, sources, store, tokenizer, f"{plan.notes['method']} {plan.seed}", "clp")
 
 # %% ../../nbs/recipes/10_clp.ipynb #b8baba22
 def _scratch(p: SimpleNamespace, store: Path, b: Text, stage: Stage, seed: int, like: Plan) -> Trained:
