@@ -8,7 +8,7 @@ alone: what is kept is judged by one measure.
 import json, shutil, sys
 from pathlib import Path
 import pandas as pd
-from seqwarm.recipes import clp, growth, metro, sequential
+from seqwarm.recipes import clp, growth, metro, sequential, together
 
 RESULTS = Path(__file__).resolve().parents[1]/"results"
 
@@ -16,7 +16,8 @@ JUDGES = {   # claims of a record, from its rows
     "clp": lambda r, rows: clp.claims_of(rows(r["table"])),
     "growth": lambda r, rows: growth.claims_of(rows(r["table"]), r["parameters"]["kind"]),
     "metro": lambda r, rows: metro.claims_of(rows(r["table"])),
-    "sequential": lambda r, rows: sequential.claims_of(rows(r["table"]), rows(r["pairs"]), r["labelling"])}
+    "sequential": lambda r, rows: sequential.claims_of(rows(r["table"]), rows(r["pairs"]), r["labelling"]),
+    "together": lambda r, rows: together.claims_of(rows(r["table"]))}
 
 def judged(record: dict) -> dict:
     "What a record says of its claims: all seeds together, and each alone."
