@@ -7,7 +7,7 @@ CONF = """ClusterName=one
 SlurmctldHost={host}
 SlurmUser=root
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=3
 CredType=cred/munge
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
