@@ -5,17 +5,18 @@
 # %% auto #0
 __all__ = ['options', 'Task', 'states', 'Slurm']
 
-# %% ../../nbs/batch/26_slurm.ipynb #b8b4b3d2
+# %% ../../nbs/batch/26_slurm.ipynb #477dc223
 import logging, math, os, re, shutil, signal, subprocess, time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from .local import EXECUTORS, _SELF, _family, _kill
+from .local import EXECUTORS, _SELF, _family, _kill, verdict
 from .sweep import Book, Sweep
+from .watch import tail
 from ..core.errors import Refusal, number, unknown
 from ..core.files import fingerprint
 
-# %% ../../nbs/batch/26_slurm.ipynb #3a6feb86
+# %% ../../nbs/batch/26_slurm.ipynb #af50367f
 _WORDS = {"partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres", "nodelist": "nodelist",
           "exclude": "exclude"}                                                                # ours -> submitit's
 _NUMBERS = {"cpus": "cpus_per_task", "gpus": "gpus_per_node", "nodes": "nodes", "tasks": "ntasks_per_node", "warning": "signal_delay_s"}
@@ -41,7 +42,7 @@ def _time(value: Any) -> int:   # minutes
         if isinstance(e, Refusal): raise
         raise Refusal(f"time cannot be {value[:40]!r}", "write minutes, or hours:minutes:seconds, or days-hours") from None
 
-# %% ../../nbs/batch/26_slurm.ipynb #741a77b8
+# %% ../../nbs/batch/26_slurm.ipynb #3bf4718c
 def options(asked: dict[str, Any]) -> dict[str, Any]:
     "What [slurm] asks for, in submitit's words; a Refusal tells what the first mistake in it is."
     known = {*_WORDS, *_NUMBERS, *_OTHER}
@@ -63,25 +64,26 @@ def options(asked: dict[str, Any]) -> dict[str, Any]:
     found["additional_parameters"] = {"requeue": True, **more}
     return {"signal_delay_s": 120} | found
 
-# %% ../../nbs/batch/26_slurm.ipynb #50eb974d
+# %% ../../nbs/batch/26_slurm.ipynb #3c140b67
 _LINGER = 600   # seconds
 
 class Task:
     "What a job does: a run of a sweep, or a rank of it; submitit carries it to the node."
-    def __init__(self, book: Path, name: str, log: Path, warning: int):
-        self.book, self.name, self.log, self.warning = book, name, log, warning
+    def __init__(self, command: list[str], log: Path, warning: int): self.command, self.log, self.warning = command, log, warning
 
     def __call__(self) -> int:
         from submitit import JobEnvironment
         here, self.told = JobEnvironment(), False
         ranks, log = _ranks(here), self.log.with_name(f"log-{here.global_rank}.txt") if here.global_rank else self.log
-        command, env = [*_SELF, "job", "--", str(self.book), self.name], {"TQDM_NCOLS": "160", **os.environ, **ranks}
+        env = {"TQDM_NCOLS": "160", **os.environ, **ranks}
         with open(log, "ab") as out:
             deaf = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # and so its kernel, which inherits it
-            self.child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, env=env, preexec_fn=deaf)
+            self.child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
+                                          env=env, preexec_fn=deaf)
         signal.signal(signal.SIGTERM, self._told)
         code, until = self.child.wait(), time.monotonic() + _LINGER
         while self.told and code and time.monotonic() < until and _wanted(here.job_id): time.sleep(1)
+        if code and self.told: raise SystemExit(143)   # without a word: whether the job goes on is for Slurm to say
         if code: raise RuntimeError(f"exit code {code}")   # so that Slurm counts it as failed, too
         return 0
 
@@ -94,7 +96,7 @@ class Task:
         until = time.monotonic() + max(5, self.warning - 20)
         while (alive := _alive(self.child.pid)) and time.monotonic() < until: time.sleep(0.2)
         if alive: _kill(_family(self.child.pid))
-        return DelayedSubmission(Task(self.book, self.name, self.log, self.warning))
+        return DelayedSubmission(Task(self.command, self.log, self.warning))
 
 def _alive(pid: int) -> bool:   # a child's; who waits for it in a signal's handler finds the usual ways locked
     with suppress(ChildProcessError): return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
@@ -109,10 +111,11 @@ def _ranks(here: Any) -> dict[str, str]:   # submitit's JobEnvironment
     "What a rank has to know, as variables of its environment."
     if here.num_tasks == 1: return {}
     port = 20000 + int(re.sub(r"\D", "", here.job_id)) % 20000
-    return {k: str(v) for k, v in dict(RANK=here.global_rank, WORLD_SIZE=here.num_tasks, LOCAL_RANK=here.local_rank, MASTER_PORT=port,
-                                       LOCAL_WORLD_SIZE=here.num_tasks//here.num_nodes, MASTER_ADDR=here.hostnames[0]).items()}
+    told = dict(RANK=here.global_rank, WORLD_SIZE=here.num_tasks, LOCAL_RANK=here.local_rank, MASTER_ADDR=here.hostnames[0],
+                MASTER_PORT=port, LOCAL_WORLD_SIZE=here.num_tasks//here.num_nodes)
+    return {k: str(v) for k, v in told.items()}
 
-# %% ../../nbs/batch/26_slurm.ipynb #6e49bea1
+# %% ../../nbs/batch/26_slurm.ipynb #454969b2
 _OVER = {"OUT_OF_MEMORY": "needed more memory than it had; ask for more: mem", "TIMEOUT": "was not done in its time",
          "NODE_FAIL": "lost its node", "BOOT_FAIL": "had a node that did not start", "CANCELLED": "was cancelled",
          "DEADLINE": "was not done at its deadline", "PREEMPTED": "had to make room for another job",
@@ -126,7 +129,7 @@ def states() -> dict[str, tuple[str, str, str, str]]:   # id -> state, why it wa
     rows = [line.split("|", 4) for line in got.stdout.splitlines()]
     return {row[0]: tuple(row[1:]) for row in rows if len(row) == 5}
 
-# %% ../../nbs/batch/26_slurm.ipynb #3ab0c13e
+# %% ../../nbs/batch/26_slurm.ipynb #a0201691
 _EVERY = 5.0    # seconds between questions
 _LATE = 15.0    # seconds that a file may take to be seen from here
 _LATER = re.compile(r"submit limit|SubmitJobs|Max\w*PerUser|Socket timed out|Unable to contact|temporarily", re.I)
@@ -141,7 +144,8 @@ class _Jobs:
         logging.getLogger("submitit").setLevel(logging.CRITICAL)   # no accounts is no news
         self.library, self.runs = submitit, plan.runs
         self.folder = (plan.runs/f".{plan.name}.sweep"/"slurm").absolute()
-        self.jobs: dict[str, Any] = {}
+        self.jobs: dict[str, Any] = {}       # of submitit
+        self.logs: dict[str, Path] = {}
         self.gone: dict[str, float] = {}     # since when Slurm does not know a job any more
         self.known, self.asked = {}, -math.inf
 
@@ -160,10 +164,11 @@ class _Jobs:
         label = f"{name[:60]}-{fingerprint([str(book.file.absolute()), name])[:12]}"
         tasks, old = self.options.get("nodes", 1)*self.options.get("ntasks_per_node", 1), book.runs[name].get("job", {})
         found = next((i for i, (state, *_, called) in known.items() if called == label and state not in _OVER), None)
-        since = old["log"] if found and old.get("id") == found else log.stat().st_size if log.exists() and not found else 0
-        task = Task(book.file.absolute(), name, log.absolute(), self.options["signal_delay_s"])
+        since = old["log"] if old.get("id") == found and found else log.stat().st_size if log.exists() and not found else 0
+        task = Task([*_SELF, "job", "--", str(book.file.absolute()), name], log.absolute(), self.options["signal_delay_s"])
         told = f"is job {found}" if found else f"handed over as job {(found := self._submit(label, task, tasks))}"
         self.jobs[name] = self.library.SlurmJob(self.folder, found, range(tasks))
+        self.logs[name] = log
         self.gone.pop(name, None)
         book.note(name, "running", job=dict(id=found, log=since))
         return since, told
@@ -176,7 +181,7 @@ class _Jobs:
             said = (str(e).strip().splitlines() or ["sbatch failed"])[-1].removeprefix("sbatch: error: ")
             raise (TimeoutError if _LATER.search(str(e)) else OSError)(said[:200]) from None
 
-# %% ../../nbs/batch/26_slurm.ipynb #aeda58ad
+# %% ../../nbs/batch/26_slurm.ipynb #b1ce11a0
 def _said(message: str) -> int | str:
     "The exit code that a job's own word holds, or the last line of what went wrong with it."
     if m := re.search(r"exit code (-?\d+)", message): return int(m[1])
@@ -198,6 +203,7 @@ class Slurm(_Jobs):
         for i, part in enumerate(map(job.task, range(job.num_tasks))):
             if not part.paths.result_pickle.exists(): continue
             code = 0 if (e := part.exception()) is None else _said(str(e))
+            if code and i: return f"rank {i}: {verdict(code, tail(self.logs[name].with_name(f'log-{i}.txt')), False)[1]}"
             if code or i == 0: return code
         if (known := self.look()) is None: return None
         if (state := known.get(job.job_id, ("",))[0]) and state not in _OVER: self.gone.pop(name, None); return None
