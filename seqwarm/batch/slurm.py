@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['options', 'Task', 'states', 'Slurm']
 
-# %% ../../nbs/batch/26_slurm.ipynb #faa4a8dc
+# %% ../../nbs/batch/26_slurm.ipynb #8dbeae6f
 import logging, math, os, re, shutil, signal, subprocess, time
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +16,7 @@ from .watch import tail
 from ..core.errors import Refusal, number, unknown
 from ..core.files import fingerprint
 
-# %% ../../nbs/batch/26_slurm.ipynb #2c8f904e
+# %% ../../nbs/batch/26_slurm.ipynb #1b02235d
 _WORDS = {"partition": "partition", "account": "account", "qos": "qos", "constraint": "constraint", "gres": "gres", "nodelist": "nodelist",
           "exclude": "exclude"}                                                                # ours -> submitit's
 _NUMBERS = {"cpus": "cpus_per_task", "gpus": "gpus_per_node", "nodes": "nodes", "tasks": "ntasks_per_node", "warning": "signal_delay_s"}
@@ -42,7 +42,7 @@ def _time(value: Any) -> int:   # minutes
         if isinstance(e, Refusal): raise
         raise Refusal(f"time cannot be {value[:40]!r}", "write minutes, or hours:minutes:seconds, or days-hours") from None
 
-# %% ../../nbs/batch/26_slurm.ipynb #129913fc
+# %% ../../nbs/batch/26_slurm.ipynb #cd751920
 def options(asked: dict[str, Any]) -> dict[str, Any]:
     "What [slurm] asks for, in submitit's words; a Refusal tells what the first mistake in it is."
     known = {*_WORDS, *_NUMBERS, *_OTHER}
@@ -64,7 +64,7 @@ def options(asked: dict[str, Any]) -> dict[str, Any]:
     found["additional_parameters"] = {"requeue": True, **more}
     return {"signal_delay_s": 120} | found
 
-# %% ../../nbs/batch/26_slurm.ipynb #39530ac9
+# %% ../../nbs/batch/26_slurm.ipynb #9c720bdc
 _LINGER = 600   # seconds
 
 class Task:
@@ -115,7 +115,7 @@ def _ranks(here: Any) -> dict[str, str]:   # submitit's JobEnvironment
                 MASTER_PORT=port, LOCAL_WORLD_SIZE=here.num_tasks//here.num_nodes)
     return {k: str(v) for k, v in told.items()}
 
-# %% ../../nbs/batch/26_slurm.ipynb #63176aa4
+# %% ../../nbs/batch/26_slurm.ipynb #b881c30e
 _OVER = {"OUT_OF_MEMORY": "needed more memory than it had; ask for more: mem", "TIMEOUT": "was not done in its time",
          "NODE_FAIL": "lost its node", "BOOT_FAIL": "had a node that did not start", "CANCELLED": "was cancelled",
          "DEADLINE": "was not done at its deadline", "PREEMPTED": "had to make room for another job",
@@ -129,7 +129,7 @@ def states() -> dict[str, tuple[str, str, str, str]]:   # id -> state, why it wa
     rows = [line.split("|", 4) for line in got.stdout.splitlines()]
     return {row[0]: tuple(row[1:]) for row in rows if len(row) == 5}
 
-# %% ../../nbs/batch/26_slurm.ipynb #d03cadf2
+# %% ../../nbs/batch/26_slurm.ipynb #02bef78b
 _EVERY = 5.0    # seconds between questions
 _LATE = 15.0    # seconds that a file may take to be seen from here
 _LATER = re.compile(r"submit limit|SubmitJobs|Max\w*PerUser|Socket timed out|Unable to contact|temporarily", re.I)
@@ -182,7 +182,7 @@ class _Jobs:
             said = (str(e).strip().splitlines() or ["sbatch failed"])[-1].removeprefix("sbatch: error: ")
             raise (TimeoutError if _LATER.search(str(e)) else OSError)(said[:200]) from None
 
-# %% ../../nbs/batch/26_slurm.ipynb #3361ceb7
+# %% ../../nbs/batch/26_slurm.ipynb #a00b4ed2
 def _said(message: str) -> int | str:
     "The exit code that a job's own word holds, or the last line of what went wrong with it."
     if m := re.search(r"exit code (-?\d+)", message): return int(m[1])
