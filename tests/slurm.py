@@ -36,6 +36,14 @@ PartitionName=high Nodes={host} MaxTime=INFINITE State=UP PriorityTier=10
 
 def missing() -> list[str]: return [p for p in PROGRAMS if not shutil.which(p) and not Path("/usr/sbin", p).exists()]
 
+def ready() -> bool:
+    "Whether the programs are here, installed now if that can be."
+    if missing() and os.geteuid() == 0 and shutil.which("apt-get"):
+        env = os.environ | dict(DEBIAN_FRONTEND="noninteractive")
+        try: subprocess.run(["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"], env=env, capture_output=True, timeout=300)
+        except subprocess.TimeoutExpired: pass
+    return not missing() and os.geteuid() == 0
+
 def _free() -> int:
     with socket.socket() as s: s.bind(("127.0.0.1", 0)); return s.getsockname()[1]
 
@@ -60,10 +68,19 @@ def up(folder: Path) -> dict[str, str]:    # the environment of whoever speaks w
 def down(folder: Path) -> None:
     "End it, with what runs in it."
     env = environment(folder)
+    subprocess.run(["scancel", "--signal=KILL", "-u", "root"], env=env, capture_output=True)
     subprocess.run(["scancel", "-u", "root"], env=env, capture_output=True)
     time.sleep(1)
+    pids = []
     for name in ("slurmd", "slurmctld", "munge"):
-        try: os.kill(int((folder/f"{name}.pid").read_text()), 15)
+        try: pids.append(int((folder/f"{name}.pid").read_text())); os.kill(pids[-1], 15)
         except (OSError, ValueError): pass
+    until = time.monotonic() + 10
+    while any(map(_alive, pids)) and time.monotonic() < until: time.sleep(0.1)
+    for pid in filter(_alive, pids): os.kill(pid, 9)
+
+def _alive(pid: int) -> bool:
+    try: return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError: return False
 
 if __name__ == "__main__": dict(up=up, down=down)[sys.argv[1]](Path(sys.argv[2]).resolve())

@@ -1,5 +1,5 @@
 """Training: killed anywhere and resumed to the last bit, equal to a plain loop, equal over ranks, and stopped when the loss is no number."""
-import json, os, random, signal, subprocess, sys, time
+import json, os, random, re, signal, subprocess, sys, time
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -37,6 +37,31 @@ def test_sigkill_anywhere_and_resumed_is_bit_equal(folder, calm):
     assert kills >= 2 and equal(weights(trained.path), weights(calm.path))
     assert trained.history.drop(columns="seconds").equals(calm.history.drop(columns="seconds"))
     assert trained.card.cost["tokens"] == 60 * 4 * 16 and not list(trained.path.parent.glob("state-*"))
+
+@pytest.mark.parametrize("what", [signal.SIGTERM, signal.SIGUSR2])
+def test_asked_to_end_it_keeps_every_step(folder, calm, what):
+    store = folder/f"asked{what}"
+    process = subprocess.Popen([sys.executable, SCRIPT, folder, store, "0.1", "0.02"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = 0
+    for _ in process.stdout:
+        done += 1
+        if done == 23: process.send_signal(what)
+    last = process.stderr.read().splitlines()[-1]; process.stderr.close(); process.stdout.close()
+    assert process.wait() == 1 and 23 <= done < 60 and last.endswith(f"Stopped: stopped by {what.name} at step {done}, state kept; run again to resume"), last
+    [state] = store.glob("*/state-*"); assert state.name == f"state-{done:09d}"
+    assert train_small.same(train_small.main(str(folder), str(store), 0.1), calm)
+
+def test_a_signal_to_one_rank_ends_both_at_one_step(folder):
+    store, port = folder/"halved", str(random.randint(20000, 60000))
+    common = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    both = [subprocess.Popen([sys.executable, SCRIPT, folder, store, "0", "0.02"], env=common | {"RANK": r, "LOCAL_RANK": r}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for r in "01"]
+    for _ in range(12): both[1].stdout.readline()
+    both[1].send_signal(signal.SIGTERM)
+    told = [p.communicate(timeout=200)[1] for p in both]
+    at = [int(m[1]) for t in told for m in [re.search(r"at step (\d+), state kept", t)] if m]
+    assert len(at) == 2 and len(set(at)) == 1 and "SIGTERM" in told[1] and "a signal to another rank" in told[0], told
+    assert [s.name for s in store.glob("*/state-*")] == [f"state-{at[0]:09d}"]
+    assert np.allclose(train_small.main(str(folder), str(store)).history.loss, train_small.main(str(folder), str(folder/"one")).history.loss, rtol=1e-5)
 
 def test_what_was_trained_is_found_again(folder, calm, monkeypatch):
     monkeypatch.setattr(module, "_run_stage", lambda *_: pytest.fail("trained again"))

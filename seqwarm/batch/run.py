@@ -6,9 +6,9 @@
 __all__ = ['Failure', 'run']
 
 # %% ../../nbs/batch/10_run.ipynb #249ff63e
-import fcntl, json, logging, os, re, shutil, sys, tempfile
+import fcntl, json, logging, os, re, shutil, signal, sys, tempfile, threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -134,6 +134,21 @@ def _overwrite(old: str, new: str) -> str:
     head, newline, line = old.rpartition("\n")
     return head + newline + re.sub(r"[^\r\n]*\r(?=[^\r\n])", "", re.sub(r"\r+(?=\r)", "", line + new))
 
+# %% ../../nbs/batch/10_run.ipynb #bfd65090
+@contextmanager
+def _passed_on(runner: Any) -> Iterator[list[int]]:   # of the signals so far
+    "Pass SIGTERM on to the kernel while the block runs; then it ends the process that got it."
+    heard, main = [], threading.current_thread() is threading.main_thread()
+    def tell(number: int, _: object) -> None:
+        heard.append(number)
+        pid = getattr(getattr(runner.km, "provisioner", None), "pid", None)
+        if not pid: raise SystemExit(128 + number)
+        with suppress(ProcessLookupError): os.kill(pid, number)
+    before = signal.signal(signal.SIGTERM, tell) if main else None
+    try: yield heard
+    finally:
+        if main: signal.signal(signal.SIGTERM, before or signal.SIG_DFL)
+
 # %% ../../nbs/batch/10_run.ipynb #604716f7
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
@@ -159,18 +174,22 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))  # our bars are text
     environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ, "PYTHONWARNINGS": quiet}  # some are 0 x 0, and bars vanish
     runner = _client()(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
-    try: runner.execute(env=environ)
-    except DeadKernelError: raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
-    finally:
-        if show and runner.open_line: print(file=sys.stderr)
-        keeper.notebook_complete()
-    _judge(nb, again)
+    with _passed_on(runner) as heard:
+        try: runner.execute(env=environ); _judge(nb, again)
+        except RuntimeError as e:   # a Failure, or a kernel that is no more
+            if heard: raise SystemExit(128 + heard[0]) from None
+            if isinstance(e, DeadKernelError): raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
+            raise
+        finally:
+            if show and runner.open_line: print(file=sys.stderr)
+            keeper.notebook_complete()
 
 def _judge(nb: Any, again: str) -> None:
     "Raise what a cell raised, in one line."
     for cell in nb.cells:
         for out in (o for o in cell.get("outputs", []) if o.output_type == "error"):
             if out.ename == "Refusal": raise Refusal(out.evalue)
+            if out.ename == "Stopped": raise Failure(out.evalue)
             said = (" ".join(out.evalue.split()) or "no message")[:300]
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
 

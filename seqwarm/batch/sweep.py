@@ -8,7 +8,7 @@ __all__ = ['MOST', 'Sweep', 'read_grid', 'Book']
 # %% ../../nbs/batch/20_sweep.ipynb #846037c2
 import itertools, json, os, re, tomllib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from ..core.files import Lock, fingerprint, write_whole
 # %% ../../nbs/batch/20_sweep.ipynb #0ec97507
 _KEYS = {"recipe": (str, 'recipe = "clp"'), "name": (str, 'name = "rates"'), "timeout": ((int, float), "timeout = 3600 (seconds)"),
          "seeds": (list, "seeds = [0, 1, 2]"), "parameters": (dict, "[parameters] and below it: steps = 500"),
+         "slurm": (dict, "[slurm] and below it: time = '4:00:00'"),
          "grid": (dict, "[grid] and below it: lr = [1e-3, 3e-3]"), "list": (list, "[[list]] and below it: steps = 500")}
 MOST = 1000   # runs of a sweep
 
@@ -110,6 +111,7 @@ class Sweep:
     timeout: float | None                # seconds a run
     given: dict[str, dict[str, Any]]     # name of a run -> the parameters that it sets
     finished: frozenset[str]             # names of the runs that have a record
+    slurm: dict[str, Any] = field(default_factory=dict)   # what [slurm] says, not yet checked
 
 # %% ../../nbs/batch/20_sweep.ipynb #ffec4c0a
 def read_grid(path: str | Path) -> Sweep:
@@ -139,7 +141,8 @@ def _checked(asked: dict[str, Any], known: dict[str, Parameter], recipe: str, pr
         try: done = _before(folder, recipe, {**wishes, "name": name})
         except Refusal as e: raise Refusal(str(e).partition("; ")[0], 'give the sweep another name: name = "..." at the top') from None
         if done is not None: finished.add(name)
-    return Sweep(prefix, asked["recipe"], Path(runs), asked.get("timeout"), dict(zip(names, [g for g, _ in variants])), frozenset(finished))
+    return Sweep(prefix, asked["recipe"], Path(runs), asked.get("timeout"), dict(zip(names, [g for g, _ in variants])), frozenset(finished),
+                 asked.get("slurm", {}))
 
 # %% ../../nbs/batch/20_sweep.ipynb #ae98c49f
 class Book:
@@ -156,7 +159,8 @@ class Book:
     def _entry(self, given: dict[str, Any], finished: bool, old: dict[str, Any]) -> dict[str, Any]:
         why = old.get("note", "") if old.get("state") == "failed" else ""
         return dict(state="finished" if finished else "to come", note="before" if finished else f"failed before: {why}" if why else "",
-                    tries=old.get("tries", 0), seconds=old.get("seconds", 0.0), parameters=given)
+                    tries=old.get("tries", 0), seconds=old.get("seconds", 0.0), parameters=given,
+                    **{k: old[k] for k in ("job",) if k in old})
 
     def note(self, name: str, state: str, note: str = "", **more: Any) -> None:
         "Write down what became of a run."
