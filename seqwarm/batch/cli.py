@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 import typer
 from .. import __version__
-from . import ranks
+from . import ranks, slurm  # noqa: F401 (an executor)
 from .accounts import accounts
 from .local import job, sweep
 from .parameters import describe_parameters, find_recipe, parameters, recipes
