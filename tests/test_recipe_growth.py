@@ -5,6 +5,7 @@ import pandas as pd
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
+from seqwarm.batch.parameters import find_recipe, parameters
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.fresh import apart_first
@@ -43,6 +44,8 @@ def test_every_scale_can_be_wished_for_with_every_kind():
             assert set(p.arms) <= set(sizes["arms"]) and len(p.arms) > 1 and p.text == f"world:a?words={sizes['words']}" and p.small_rate in p.rates
     assert "zero" in sized("full", **WISH | dict(kind="llama")).arms and "zero" not in sized("full", **WISH).arms
     with pytest.raises(Refusal, match="there is no scale"): sized("tiny", **WISH)
+
+def test_every_kind_can_be_named_in_a_shell(): assert set(parameters(find_recipe("growth"))["kind"].allowed) == set(_CLASSES)
 
 def test_ways():
     assert _ways("fpi") == ("fpi", None, "") and _ways("stack") == (None, "stack", "") and _ways("aki+interpolate") == _ways("interpolate+aki") == ("aki", "interpolate", "")
