@@ -84,16 +84,21 @@ def loss_curves(metrics: pd.DataFrame,         # tidy: columns arm, seed, those 
     return go.Figure(_loss(metrics, [by] if isinstance(by, str) else list(by), reference, floor, title, log))
 
 # %% ../../nbs/core/95_figures.ipynb #82b53ac8
+def _got(mean: float, got: int, of: int) -> str:
+    "What stands at a bar: the mean, and of how many seeds it is, where some never got there."
+    return "never" if not got else f"{mean:.0f} %" if got == of else f"{mean:.0f} %, {got} of {of}"
+
 def saved_bars(table: pd.DataFrame,    # columns arm, seed, and one a measure, in shares (None: never reached)
                measures: dict[str, str],   # column -> what the legend calls it
                title: str = "") -> go.Figure:
-    "Mean saving of each arm by each measure, with a point a seed."
+    "Mean saving of each arm by each measure over the seeds that got there, with a point for each."
     fig, arms = go.Figure(), list(dict.fromkeys(table.arm))
     for i, (column, label) in enumerate(measures.items()):
         values = table.assign(value=pd.to_numeric(table[column]) * 100)
-        mean = values.groupby("arm").value.mean().reindex(arms)
+        each = values.groupby("arm").value
+        mean, got, of = (x.reindex(arms) for x in (each.mean(), each.count(), each.size()))
         fig.add_bar(x=arms, y=mean, name=label, marker_color=COLOURS[i % len(COLOURS)], opacity=0.75, offsetgroup=str(i),
-                    text=[f"{m:.0f} %" if np.isfinite(m) else "never" for m in mean], textposition="outside")
+                    text=[_got(*x) for x in zip(mean, got, of)], textposition="outside")
         fig.add_scatter(x=values.arm, y=values.value, mode="markers", marker=dict(color="#222", size=6), offsetgroup=str(i),
                         showlegend=False, name=label)
     return fig.update_layout(template="seqwarm", title=title, yaxis_title="saved to reach scratch's last loss (%)",
