@@ -40,8 +40,9 @@ def ready() -> bool:
     "Whether the programs are here, installed now if that can be."
     if missing() and os.geteuid() == 0 and shutil.which("apt-get"):
         env = os.environ | dict(DEBIAN_FRONTEND="noninteractive")
-        try: subprocess.run(["apt-get", "install", "-y", "-qq", "slurm-wlm", "munge"], env=env, capture_output=True, timeout=300)
-        except subprocess.TimeoutExpired: pass
+        for words in (["update"], ["install", "-y", "slurm-wlm", "munge"]):
+            try: subprocess.run(["apt-get", "-qq", *words], env=env, capture_output=True, timeout=300)
+            except subprocess.TimeoutExpired: pass
     return not missing() and os.geteuid() == 0
 
 def _free() -> int:

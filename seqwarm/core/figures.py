@@ -195,7 +195,8 @@ def page(title: str,
                           # dicts of such lists (folded away under their keys)
          ) -> str:
     "One self-contained HTML page."
-    number, unfold = count(), _UNFOLD % pio.to_json(pio.templates["seqwarm"], validate=False)
+    number, folds = count(), any(isinstance(b, dict) for b in blocks)
+    unfold = f"<script>{_UNFOLD % pio.to_json(pio.templates['seqwarm'], validate=False)}</script>" if folds else ""
     return "\n".join(["<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content='width=device-width'>"
-           f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script><script>{unfold}</script>"
+           f"<title>{escape(title)}</title><style>{_STYLE}</style><script>{get_plotlyjs()}</script>{unfold}"
            f"<h1>{escape(title)}</h1>", *(_block(b, number) for b in blocks)]) + "</html>\n"
