@@ -139,7 +139,7 @@ def test_the_recipe_takes_paths(here, made):
     assert done.returncode == 0, done.stderr
     record = json.loads(Path("runs/clp/record.json").read_text())
     assert str(made/"source") in record["lines"][0] and f"words from {made/'helper'}" in record["lines"][0] and "GPT2LMHeadModel of 1 layers x 16" in record["lines"][1]
-    [warm] = Path("runs/store").glob("warm-*")
+    [warm] = Path("runs/store").glob("start-*")
     transfer(made/"source", made/"helper", method="guarded").write("out")
     assert (warm/"model.safetensors").read_bytes() == Path("out/model.safetensors").read_bytes()
 
