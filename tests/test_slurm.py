@@ -96,8 +96,10 @@ def test_a_grid_of_notebooks(here):
 def requeue(job: str) -> None: tell("scontrol", "requeue", job)
 def warn(job: str) -> None: tell("scancel", "--signal=USR2", job)     # as Slurm does before the time is over
 def hasten(job: str) -> None:
-    "Slurm lets two minutes pass before a requeued job begins again."
-    time.sleep(0.3); subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True)
+    "Slurm lets two minutes pass before a requeued job begins again; in the second in which it was ended its node takes it for the old one."
+    time.sleep(0.3)
+    if subprocess.run(["squeue", "-h", "-j", job, "-o", "%T"], capture_output=True, text=True).stdout.strip() != "PENDING": return
+    time.sleep(3); subprocess.run(["scontrol", "update", f"jobid={job}", "starttime=now"], capture_output=True)
 
 def displace(job: str) -> None: tell("sbatch", "-p", "high", "--exclusive", "--output=/dev/null", "--time=1", "--wrap", "sleep 1")
 
