@@ -6,13 +6,13 @@
 __all__ = ['EXECUTORS', 'job', 'Local', 'verdict', 'sweep']
 
 # %% ../../nbs/batch/24_local.ipynb #1349d0f0
-import os, re, signal, subprocess, sys, threading, time
+import os, re, signal, subprocess, threading, time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 import typer
-from .ranks import beside, rank
+from .ranks import _SELF, beside, rank
 from .run import Failure, _json, run
 from .sweep import Book, Sweep, read_grid
 from .watch import Bar, Lines, last_bar, screen, show, span, tail
@@ -47,8 +47,6 @@ def job(book: Annotated[Path, typer.Argument(metavar="BOOK", help="The sweep's b
     (beside if rank() else run)(asked["recipe"], asked["runs"][name]["parameters"], name=name)
 
 # %% ../../nbs/batch/24_local.ipynb #863d4104
-_SELF = [sys.executable, "-c", "from seqwarm.batch.cli import main; main()"]   # the `seqwarm` command, wherever it is installed
-
 class Local:
     "Runs as processes of this machine, each in a session of its own."
     stay = False   # runs do not outlive the sweep

@@ -9,8 +9,7 @@ __all__ = ['rank', 'beside', 'launch']
 import json, logging, os, shutil, sys, tempfile, time, uuid
 from pathlib import Path
 from typing import Any
-from .parameters import _recipe_name, find_recipe
-from .run import Failure, _before, _execute, _folder, _wishes, run
+from .run import Failure, _asked, _execute, run
 from ..core.errors import Refusal
 
 # %% ../../nbs/batch/15_ranks.ipynb #1a98558b
@@ -21,20 +20,13 @@ def rank() -> int:      # 0 also where there is only one
 # %% ../../nbs/batch/15_ranks.ipynb #3d711cb3
 _HEARD = 5.0     # seconds
 
-def _asked(recipe: str | Path, parameters: dict[str, Any], scale: str | None, name: str | None, runs: str | None) -> tuple:
-    "The notebook, its values, the run's folder, and whether that holds a finished run."
-    notebook = find_recipe(recipe)
-    wishes = _wishes(notebook, parameters, scale=scale, name=name, runs=runs)
-    folder = _folder(wishes.get("runs", runs or "runs"), wishes.get("name", name or _recipe_name(notebook)))
-    return notebook, wishes, folder, _before(folder, _recipe_name(notebook), wishes) is not None
-
 def beside(recipe: str | Path,
            parameters: dict[str, Any],     # as of `run`
            scale: str | None = None, name: str | None = None, runs: str | None = None,
            ) -> None:
     "The part of a run that another rank than the first one has: all of it, and nothing is written."
     notebook, wishes, folder, done = _asked(recipe, parameters, scale, name, runs)
-    if done: return
+    if done is not None: return
     with tempfile.TemporaryDirectory() as place:
         try: _execute(notebook, Path(place), wishes, show=False)
         except Refusal: time.sleep(_HEARD); raise
@@ -45,7 +37,7 @@ def beside(recipe: str | Path,
             raise Failure(str(e).replace(str(Path(place)/"notebook.ipynb"), str(kept))) from None
 
 # %% ../../nbs/batch/15_ranks.ipynb #6d82f3e2
-_SEQWARM = "from seqwarm.batch.cli import main; main()"
+_SELF = [sys.executable, "-c", "from seqwarm.batch.cli import main; main()"]   # the `seqwarm` command, wherever it is installed
 
 def launch(recipe: str | Path,
            parameters: dict[str, Any],     # as of `run`
@@ -53,7 +45,7 @@ def launch(recipe: str | Path,
            scale: str | None = None, name: str | None = None, runs: str | None = None,
            ) -> int:                       # the exit code
     "Run a recipe once a rank, on this machine."
-    if _asked(recipe, parameters, scale, name, runs)[-1]: run(recipe, parameters, scale, name, runs); return 0
+    if _asked(recipe, parameters, scale, name, runs)[-1] is not None: run(recipe, parameters, scale, name, runs); return 0
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException, Std
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.launcher.api import LaunchConfig, elastic_launch
@@ -64,7 +56,7 @@ def launch(recipe: str | Path,
     with tempfile.TemporaryDirectory() as logs:
         told = DefaultLogsSpecs(logs, {r: Std.ALL for r in range(1, procs)})
         config = LaunchConfig(1, 1, procs, told, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
-        try: elastic_launch(config, sys.executable)("-c", _SEQWARM, *_command(recipe, parameters, special))
+        try: elastic_launch(config, _SELF[0])(*_SELF[1:], *_command(recipe, parameters, special))
         except SignalException as e: raise KeyboardInterrupt if e.sigval == 2 else SystemExit(128 + e.sigval) from None
         except ChildFailedError as e: return _told(*e.get_first_failure(), Path(logs))
     return 0

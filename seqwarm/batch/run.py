@@ -194,6 +194,13 @@ def _judge(nb: Any, again: str) -> None:
             raise Failure(f"cell {cell.execution_count} failed: {out.ename}: {said}; {again}")
 
 # %% ../../nbs/batch/10_run.ipynb #db73d466
+def _asked(recipe: str | Path, given: dict[str, Any], scale: str | None, name: str | None, runs: str | None) -> tuple:
+    "What a run is asked for: the notebook, its values, the folder, and the record if that holds the finished run."
+    notebook = find_recipe(recipe)
+    wishes = _wishes(notebook, given, scale=scale, name=name, runs=runs)
+    folder = _folder(wishes.get("runs", runs or "runs"), wishes.get("name", name or _recipe_name(notebook)))
+    return notebook, wishes, folder, _before(folder, _recipe_name(notebook), wishes)
+
 def run(recipe: str | Path,                  # its name, or a path to a notebook
         parameters: dict[str, Any] | None = None,  # what differs from the notebook's own values
         scale: str | None = None,            # smoke | demo | full
@@ -202,10 +209,8 @@ def run(recipe: str | Path,                  # its name, or a path to a notebook
         show: bool = True,                   # let the notebook's output pass to the terminal
         ) -> dict:                           # the record of the run, {} if the recipe writes none
     "Run a recipe to its end, or find that it is finished."
-    notebook = find_recipe(recipe)
-    wishes = _wishes(notebook, parameters or {}, scale=scale, name=name, runs=runs)
-    folder = _folder(wishes.get("runs", runs or "runs"), wishes.get("name", name or _recipe_name(notebook)))
-    if (done := _before(folder, _recipe_name(notebook), wishes)) is not None:
+    notebook, wishes, folder, done = _asked(recipe, parameters or {}, scale, name, runs)
+    if done is not None:
         if show: print(f"{folder} is finished; nothing was run (another --name runs it again)"); _say(folder, done)
         return done
     with _hold(folder) as new:

@@ -10,7 +10,8 @@ import logging, math, os, re, shutil, signal, subprocess, time
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
-from .local import EXECUTORS, _SELF, _family, _kill, verdict
+from .local import EXECUTORS, _family, _kill, verdict
+from .ranks import _SELF
 from .sweep import Book, Sweep
 from .watch import tail
 from ..core.errors import Refusal, number, unknown

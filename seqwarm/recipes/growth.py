@@ -131,7 +131,7 @@ class Models:
     def _module(self, model: PreTrainedModel) -> torch.nn.Module:
         "The model with the losses that it is trained by."
         if self.p.kind not in _CAUSAL: return Masked(model)
-        return Sparse(model) if layout(model.config, type(model).__name__).find("router") else model
+        return Sparse(model) if _layout(model).find("router") else model
 
     def _stages(self, steps: int, rate: float) -> list[Stage]:
         ask = _objective(self.p)
