@@ -26,7 +26,7 @@ from ..core.layout import Layout, layout
 from ..core.ledger import Cost, crossing, lineage, saved
 from ..core.masked import Masked
 from ..core.plan import Plan
-from ..core.record import settings
+from ..core.record import settings, told_claims
 from ..core.stages import Stage
 from ..core.text import Text, with_words
 from ..core.train import Trained, costs, train
@@ -316,4 +316,4 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate:
     for (arm, share), t in table.groupby(["arm", "share"], sort=False):
         each = [percent(pd.to_numeric(t[k]).mean(skipna=False)) for k in ("saved", "saved_all")]
         lines.append(f"{arm:24s}  {share:5.2f}  {t.first_loss.mean():10.3f}  {t.last_loss.mean():10.3f}  {each[0]:>11s}  {each[1]:>11s}")
-    return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g}'}" for k, v in claims.items())]
+    return lines + [told_claims(claims)]

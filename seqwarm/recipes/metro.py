@@ -24,7 +24,7 @@ from ..core.masked import Masked
 from ..core.noise import Draws
 from ..core.objectives import objective
 from ..core.probes import Probe
-from ..core.record import settings
+from ..core.record import settings, told_claims
 from ..core.stages import Stage
 from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
@@ -290,4 +290,4 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any]) -> li
         lines.append(f"{arm:20s} {r.step.mean():7.0f}   {r.total_flops.mean():9.2e}  {'  '.join(seen)}   {r.points.mean():6.2f}")
     for arm, r in table[table.arm.map(_leaves)].groupby("arm", sort=False):
         lines.append(f"{arm}: {r.computed.mean():.1%} of its steps' FLOPs computed, at the end {r.kept.mean():.1%} of tokens' layers")
-    return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g} spreads'}" for k, v in claims.items())]
+    return lines + [told_claims(claims, " spreads")]

@@ -18,6 +18,7 @@ from ..core.fresh import fresh
 from ..core.layout import layout
 from ..core.ledger import crossing, lineage, saved
 from ..core.plan import Plan
+from ..core.record import told_claims
 from ..core.stages import Stage
 from ..core.text import Text, with_words
 from ..core.train import Trained, costs, train
@@ -193,4 +194,4 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate:
     for arm, t in table.groupby("arm", sort=False):
         each = [percent(pd.to_numeric(t[k]).mean(skipna=False)) for k in ("saved", "saved_way", "saved_all")]
         lines.append(f"{arm:18s}  {t.first_loss.mean():11.3f}  {t.last_loss.mean():10.3f}  {each[0]:>12s}  {each[1]:>15s}  {each[2]:>17s}")
-    return lines + ["; ".join(f"{k}: {'no verdict' if v is None else f'{v:.3g}'}" for k, v in claims.items())]
+    return lines + [told_claims(claims)]
