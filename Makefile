@@ -1,10 +1,12 @@
 # make demo   warm-starts a language model in a second language and opens with a page that shows what was saved
 # make test   proves the package: notebooks, tests, layers, wheel
+# make lab    opens JupyterLab on the notebooks, with this project's Python as their kernel
 # make readme writes README.md anew from nbs/index.ipynb and results/
+# make docs   builds the site in _docs/ from the notebooks, which it runs; what ran before and is unchanged is kept
 # Each sets up .venv first if it is missing or out of date.   make PYTHON=python3.12 demo   chooses the interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab readme clean
+.PHONY: help demo test lab readme docs clean
 .DELETE_ON_ERROR:
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
@@ -33,6 +35,9 @@ lab: $(if $(call ready,lab),,setup-lab)
 readme: $(if $(call ready,dev),,setup-dev)
 	@$(BIN)/jupyter nbconvert --log-level ERROR --to markdown --execute --no-input --output-dir . --output README nbs/index.ipynb
 
+docs: $(if $(call ready,dev),,setup-dev)
+	@$(BIN)/python nbs/site/build.py
+
 setup-%:
 	@[ -n '$(PYTHON)' ] || { echo 'seqwarm: no Python 3.11 to 3.13 found; install one, or name it: make PYTHON=/path/to/python3.12' >&2; exit 2; }
 	@'$(PYTHON)' -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
@@ -47,7 +52,8 @@ setup-%:
 	@echo '$(CURDIR)' > .venv/.here
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt setuptools wheel
 	$(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt --no-build-isolation -e '.$(patsubst %,[%],$(filter-out run,$*))'
+	$(if $(filter lab,$*),$(BIN)/python -m ipykernel install --sys-prefix --name python3 --display-name 'Python 3 (seqwarm)')
 	@touch $(call stamp,$*)
 
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache _docs _proc

@@ -1,5 +1,6 @@
 """The checks of `make test`, each in a scratch copy so that a working tree is never touched: style, clean, wheel, notebooks, pytest."""
-import filecmp, os, shutil, subprocess, sys, tempfile, time
+import filecmp, json, os, shutil, subprocess, sys, tempfile, time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,8 +64,32 @@ assert not bad, f"the package imports {bad}"
 print(len(names), "modules imported from", home)
 """
 
+FEW = dict(clp=dict(source_steps=2, helper_steps=2, horizons=[2]), sequential=dict(mlm_steps=4, seq_steps=4, two_steps=4, probe_steps=2),
+           metro=dict(steps=8, probe_steps=2), growth=dict(small_steps=4, steps=8), together=dict(small_steps=4, helper_steps=4, steps=10))   # a recipe in seconds
+RUN_ONE = """
+import json, sys, nbformat, papermill
+notebook, parameters = sys.argv[1], json.loads(sys.argv[2])
+nb = nbformat.read(notebook, 4)
+assert "google.colab" in nb.cells[2].source, "the cell that installs the package is missing"
+nb.cells.append(nbformat.v4.new_code_cell('''
+import seqwarm, sys
+from pathlib import Path
+assert Path(sys.prefix).resolve() in Path(seqwarm.__file__).resolve().parents, seqwarm.__file__
+'''))
+nbformat.write(nb, notebook)
+papermill.execute_notebook(notebook, notebook, parameters, kernel_name="python3", progress_bar=False)
+"""
+
+def alone(python: Path, notebook: Path, cache: Path) -> None:
+    "A recipe's notebook runs in an empty folder, by a Python that has the wheel and no checkout, and leaves a record there."
+    folder, name = notebook.parent/notebook.stem, notebook.stem.split("_")[1]
+    folder.mkdir()
+    sh(python, "-I", "-W", "ignore", "-c", RUN_ONE, notebook, json.dumps(FEW[name] | dict(threads=1)), cwd=folder, env={"SEQWARM_CACHE": str(cache)})
+    record = json.loads((folder/"runs"/name/"record.json").read_text())
+    if record["environment"]["commit"] or [f.name for f in folder.iterdir()] != ["runs"]: raise SystemExit(f"{name} knows of a checkout, or wrote beside its runs")
+
 def wheel(tmp: Path) -> None:
-    "The wheel is built, installed in another environment, and everything is imported and called from there."
+    "The wheel is built, installed in another environment; everything is imported and called from there, and each recipe runs in an empty folder."
     copy, env = copy_project(tmp/"build"), tmp/"env"
     pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "-q")
     sh(*pip, "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", tmp/"dist", copy)
@@ -86,11 +111,12 @@ def wheel(tmp: Path) -> None:
     tiny = {"source_steps": 2, "helper_steps": 2, "horizons": 2, "words": 8000}   # the recipe itself, from the wheel alone
     sh(seqwarm, "run", "clp", *(x for k, v in tiny.items() for x in ("-p", k, str(v))), cwd=away, env={"SEQWARM_CACHE": str(tmp/"cache")})
     if not (away/"runs"/"clp"/"record.json").exists(): raise SystemExit("the recipe left no record")
+    with ThreadPoolExecutor(min(2, os.cpu_count() or 1)) as pool: list(pool.map(lambda f: alone(env/"bin/python", f, tmp/"cache"), sorted((away/"out").glob("*.ipynb"))))
     if (ROOT/"claims.toml").exists() and not (site/"seqwarm/claims.toml").exists(): raise SystemExit("claims.toml is not in the wheel")
     print(f"{whl.name}: {whl.stat().st_size / 1000:.0f} kB, {len(want)} recipe notebooks")
 
 def pytest(tmp: Path) -> None:
-    sh(sys.executable, "-m", "pytest", cwd=ROOT)
+    sh(sys.executable, "-m", "pytest", "-n", min(2, os.cpu_count() or 1), "--dist", "loadfile", cwd=ROOT)   # a file's tests stay together: they share what is costly
 
 CHECKS = {f.__name__: f for f in (style, clean, wheel, notebooks, pytest)}
 

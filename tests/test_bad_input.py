@@ -1,6 +1,7 @@
 """The clumsy user: whatever is wrong ends in one line that says what is wrong and what to do, and nothing half-written stays."""
 import json, os, shutil, subprocess, sys
 from pathlib import Path
+import pandas as pd
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -11,13 +12,21 @@ from seqwarm.core import files
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.corpus import Corpus
 from seqwarm.core.errors import Refusal
+from seqwarm.core.figures import by_setting, loss_curves, saved_bars, scores
 from seqwarm.core.overlap import overlap
+from seqwarm.core.pictures import saving
 from seqwarm.core.plan import Plan
 from seqwarm.core.record import Run
 from seqwarm.core.train import Stage, train
 from seqwarm.core.vocab import load_tokenizer, train_tokenizer
 from seqwarm.core.write import save, write
 from seqwarm.methods.clp import clp
+from seqwarm.methods.depth import depth
+from seqwarm.methods.experts import aggregate, prune, upcycle
+from seqwarm.methods.graft import extract, graft
+from seqwarm.methods.grow import grow
+from seqwarm.methods.ligo import ligo
+from seqwarm.methods.width import width
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny import notebook
 
@@ -132,6 +141,19 @@ def test_transfer(here, made):
     refused(lambda: Plan.load("there"), "not a plan")
     shutil.rmtree("there"); assert listing(here) == before
 
+@pytest.mark.parametrize("call", [lambda x: clp(x, x), lambda x: clp(Checkpoint(x), x), graft, extract, lambda x: width(x, hidden=32), depth,
+    lambda x: grow(x, layers=2), lambda x: upcycle(x, 4), lambda x: prune(x, {}, 2), lambda x: aggregate(x, x), lambda x: ligo(x, None, None, hidden=32)],
+    ids="source helper graft extract width depth grow upcycle prune aggregate ligo".split())
+def test_a_folder_is_opened_before_a_method_takes_it(made, call):
+    refused(lambda: call(str(made[0]/"source")), "cannot be a str; open a folder first: Checkpoint(FOLDER)")
+
+def test_figures_name_the_column_that_is_not_there():
+    table = pd.DataFrame(dict(arm=["scratch", "warm"], seed=0, step=1, loss=1.0, saved=0.5, setting="one"))
+    for call in (lambda: loss_curves(table, "stpe"), lambda: loss_curves(table.rename(columns=dict(arm="name")), "step"),
+                 lambda: saved_bars(table, {"savd": "x"}), lambda: scores(table, ["savd"]), lambda: by_setting(table, "arm")):
+        refused(call, "there is no column in the table")
+    refused(lambda: saving(table, "step", reference="scrtch"), "did you mean 'scratch'?")
+
 def test_full_disk(here, made, monkeypatch):
     s, h = Checkpoint(made[0]/"source"), Checkpoint(made[0]/"helper")
     P, before = clp(s, h), listing(here)
@@ -158,11 +180,16 @@ def test_training(here, made):
     for kw in (dict(steps=0), dict(steps=-3), dict(steps="3"), dict(steps=1.5), dict(lr=-1), dict(lr="x"),
                dict(lr=float("nan")), dict(warmup=2), dict(weight_decay=-1)):
         refused(lambda kw=kw: Stage(**dict(steps=3) | kw), f"{next(iter(kw))} of a stage cannot be")
+    for frozen in (None, 3, [None]): refused(lambda frozen=frozen: Stage(3, frozen=frozen), f"frozen of a stage cannot be {frozen!r}", "name roles")
     refused(lambda: Stage(3, objective="causl"), "did you mean 'causal'?")
     refused(lambda: Stage(3, schedule="cosin"), "did you mean 'cosine'?")
     for kw in (dict(batch=0), dict(batch=-4), dict(batch="x"), dict(accumulate=0), dict(seed=-1),
                dict(seed=1 << 40), dict(every=0), dict(save_every=0), dict(sequences=0)):
         refused(lambda kw=kw: go(**kw), f"{next(iter(kw))} cannot be")
+    for key, wrong, says in (("model", "gpt2", "the model of a training cannot be a str; open it"), ("corpus", "text:a.txt", "cannot be a str; make it"),
+                             ("valid", None, "the corpus of a training cannot be a NoneType"), ("tokenizer", None, "cannot be a NoneType; load it"),
+                             ("stages", Stage(3), "the stages of a training cannot be a Stage; give a list"), ("stages", ["mlm"], "cannot be a str; give a list")):
+        refused(lambda key=key, wrong=wrong: go(**{key: wrong}), says)
     refused(lambda: go(batch=5, accumulate=2), "choose a multiple"); refused(lambda: go(stages=[]), "without stages")
     refused(lambda: go(track="tensorbord"), "'tensorboard'?")
     refused(lambda: go(model=gpt(made[1], positions=8)), "8 positions")

@@ -132,6 +132,11 @@ def test_broken_checkpoints_are_refused(spoil, words, tmp_path):
     with pytest.raises(Refusal, match=words) as e: Checkpoint(tmp_path/"b")
     assert "\n" not in str(e.value)
 
+@pytest.mark.parametrize("call", [Checkpoint, load_tokenizer], ids=["checkpoint", "tokenizer"])
+def test_what_is_no_path_is_refused(call):
+    for thing, kind in ((None, "NoneType"), (gpt2(), "GPT2LMHeadModel"), (3, "int")):
+        with pytest.raises(Refusal, match=f"a {kind}; give"): call(thing)
+
 def test_nothing_is_left_behind(tmp_path):
     c = save(gpt2(), None, tmp_path/"a", Card("a", "scratch"))
     (tmp_path/"there").mkdir()

@@ -44,7 +44,7 @@ WRONG = {  # what is typed -> what the line must say
     ("run", "10_tiny.ipynb", "-p", "steps", "1", "-p", "steps", "2"): "steps is given twice",
     ("run", "10_tiny.ipynb", "--name", "../x"): "'../x' cannot name a run",
     ("run", "10_tiny.ipynb", "--runs", "file"): "file exists and is no folder",
-    ("run", "10_tiny.ipynb", "--steps", "3"): "No such option",
+    ("run", "10_tiny.ipynb", "--steps", "3"): "(seqwarm run --help says more)",
     ("rum", "10_tiny.ipynb"): "No such command 'rum'",
     ("--verson",): "No such option",
     ("recipes", "clpp"): "there is no recipe 'clpp'",

@@ -112,7 +112,7 @@ def test_padded_vocabularies(tmp_path):
     assert set(frame.kind) == {"shared", "special", "new", "padding"} and len(frame) == rows
 
 @pytest.mark.parametrize("change,words", [
-    (dict(method="guardd"), "did you mean 'guarded'"), (dict(method="softmax", topk=3), "did you mean 'top_k'"), (dict(method="fvt", ridge=1), "no option of fvt"),
+    (dict(method="guardd"), "did you mean 'guarded'"), (dict(method="softmax", topk=3), "did you mean 'top_k'"), (dict(method="fvt", ridge=1), "fvt has no ridge"),
 ])
 def test_refused_options(change, words, tmp_path):
     sources = {"source": put(tmp_path/"source", gpt2(en), en), "helper": put(tmp_path/"helper", gpt2(de, 8), de)}

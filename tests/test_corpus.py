@@ -3,6 +3,7 @@ import gzip, json
 import numpy as np
 import pandas as pd
 import pytest
+from transformers import ByT5Tokenizer
 from seqwarm.core.corpus import Corpus, Tokens, documents, pack, parse, tokenize
 from seqwarm.core.errors import Refusal
 from seqwarm.core.vocab import train_tokenizer
@@ -93,6 +94,12 @@ def test_bad_corpora_are_refused_in_one_line(tmp_path):
     assert "did you mean 'text'" in refused(f"text:{write(tmp_path, 'jsonl')}?column=txt")
     assert "did you mean 'world:'" in refused("wordl:a")
     assert "language" in refused("world:z") and "no such number" in refused("world:a?words=-3") and "no such number" in refused("world:a?words=many")
+
+def test_a_name_is_neither_a_tokenizer_nor_a_source(tmp_path):
+    for wrong in ("gpt2", None, ByT5Tokenizer()):
+        with pytest.raises(Refusal, match=f"a {type(wrong).__name__} cannot cut a corpus; load"): Corpus(f"text:{write(tmp_path, 'txt')}", wrong, 16)
+    with pytest.raises(Refusal, match="is no source of documents; give one that `parse`"): list(documents(f"text:{tmp_path}/text.txt"))
+    assert not (tmp_path/"cache").exists()
 
 def test_a_corpus_too_short_is_refused(tmp_path, tokenizer):
     (tmp_path/"short.txt").write_text("one line\n")

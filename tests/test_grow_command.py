@@ -87,7 +87,7 @@ def test_a_llama_becomes_wider_and_deeper_and_stays_what_it_was(here, capsys):
     assert 0 < seen["largest_difference"] < 1e-5*seen["largest_logit"] and seen["loss_after"] == pytest.approx(seen["loss_before"], abs=1e-4) and seen["loss_before"] > 1
     assert said[0] == f"LlamaForCausalLM by fpi and identity: 4 layers x 32, {sum(t.size for t in big.layout.stored().values()):,} parameters"
     assert said[1] == "the function is kept" and said[2] == "new, and to be trained: @1, @3" and said[3].startswith("tensors: widen ") and said[-1] == "written to new/out"
-    assert f"largest_difference: {seen['largest_difference']}" in said and f"loss_after: {seen['loss_after']}" in said
+    assert f"largest difference: {seen['largest_difference']:.4g}" in said and f"loss after: {seen['loss_after']:.4g}" in said
     write(plan, {"source": source}, "again")
     assert Path("new/out/model.safetensors").read_bytes() == Path("again/model.safetensors").read_bytes()
     model, tok = AutoModelForCausalLM.from_pretrained("new/out"), AutoTokenizer.from_pretrained("new/out")
@@ -108,9 +108,9 @@ def test_options_are_those_of_the_call(here, capsys):
 def test_what_is_not_kept_is_said(here, capsys):
     said, seen = done(capsys, "grow", "llama", "out", "--hidden-size", "32", "--num-layers", "3", "--width", "aki", "--check")
     assert not seen["exact"] and seen["largest_difference"] > 0.01*seen["largest_logit"] and "loss_before" not in seen
-    assert said[1] == "the function is not kept: new units come from the layer above; layers were added that do something, moved or left out"
+    assert said[1] == "the function is not kept: new units come from the layer above; layers were added that do something, moved or left out (identity adds layers that at first do nothing)"
     said, seen = done(capsys, "grow", "llama", "other", "--num-layers", "3", "--depth", "stack", "--check")
-    assert said[1] == "the function is not kept: layers were added that do something, moved or left out" and seen["to_train"] == ["@2"] and seen["ways"] == ["stack"]
+    assert said[1] == "the function is not kept: layers were added that do something, moved or left out (identity adds layers that at first do nothing)" and seen["to_train"] == ["@2"] and seen["ways"] == ["stack"]
 
 KINDS = {   # what is typed -> the words of its text's loss must be there
     ("bert", "--hidden-size", "32", "--width", "fpi"): True, ("bert", "--intermediate-size", "40"): True, ("both", "--hidden-size", "32"): False, ("plain", "--hidden-size", "32"): False,

@@ -76,7 +76,7 @@ def test_a_module_imports_only_what_is_installed_with_it(path):
     distribution = {"yaml": "pyyaml", "huggingface_hub": "transformers", "jupyter_client": "nbclient", "IPython": "ipykernel", "packaging": "transformers", "rich": "typer", "psutil": "accelerate"}
     wanted = {distribution.get(n, n) for n in top_names(path)} - set(sys.stdlib_module_names) - {"seqwarm", "__future__", ""}
     has = {canonicalize_name(Requirement(r).name) for r in settings["requirements"].split()}
-    extra = {canonicalize_name(Requirement(r).name) for r in settings["slurm_requirements"].split()} - top_level(path)   # imported late, where it is asked for
+    extra = {canonicalize_name(Requirement(r).name) for key in ("slurm", "lab") for r in settings[f"{key}_requirements"].split()} - top_level(path)   # imported late, where it is asked for
     assert {canonicalize_name(n) for n in wanted} <= has | extra
     assert not {"nbdev", "fastcore"} & top_names(path)
 

@@ -156,6 +156,12 @@ def test_select():
         with pytest.raises(Refusal, match=said): bart.select(words)
     with pytest.raises(Refusal, match="tied to model.shared.weight; say 'embed.token'"): bart.select("encoder/embed.token")
 
+def test_sizes_by_name():
+    bart, llama = layout(hf.BartConfig(**BART), "BartForConditionalGeneration"), layout(hf.LlamaConfig(**LLAMA), "LlamaForCausalLM")
+    assert bart.size("ffn", "decoder") == 28 and llama.size("heads+kv_heads+kv_heads") == 32 and llama.size("one") == 1
+    for lay, axis, said in ((llama, "hiden", "did you mean 'hidden'"), (llama, "heads+keys", "no axis of LlamaForCausalLM 'keys'"), (bart, "ffn", "no axis of BartForConditionalGeneration 'ffn'; there are")):
+        with pytest.raises(Refusal, match=said): lay.size(axis)
+
 def test_light_to_import():
     "The tables are read without torch or transformers."
     code = "import sys, seqwarm.core.layout as l; assert len(l._families()) >= 9; assert not {'torch', 'transformers'} & set(sys.modules)"

@@ -79,6 +79,16 @@ def test_bad_lengths():
         with pytest.raises(Refusal, match=words): flops(lay, *args)
     with pytest.raises(Refusal, match="did you mean"): flops(gpt2, 8, frozen=["atn"])
 
+def test_a_checkpoint_or_a_model_is_no_layout_no_card_no_history():
+    model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))
+    for call in (lambda: flops(model, 8), lambda: units(model, 8), lambda: describe(model)):
+        with pytest.raises(Refusal, match="a GPT2LMHeadModel is no layout; make"): call()
+    for wrong, kind in ((model, "GPT2LMHeadModel"), ("runs/x", "str"), (None, "NoneType"), ([model], "GPT2LMHeadModel")):
+        with pytest.raises(Refusal, match=f"a {kind} is no card; give"): lineage(wrong)
+    good = dict(flops=[0, 1], loss=[2, 1])
+    for wrong in (model, "history.json", None):
+        with pytest.raises(Refusal, match="is no history; give"): saved(wrong, good)
+
 def test_units():
     bart = layout(hf.BartConfig(encoder_layers=6, decoder_layers=3), "BartForConditionalGeneration")
     assert units(bart, 1e5) == pytest.approx(9/12) and units(bart, 2e5, frozen=["encoder/"]) == pytest.approx(2*(3 + 3)/12)

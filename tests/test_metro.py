@@ -315,7 +315,7 @@ def test_refusals(folder, calm):
         "40 tokens and the main model": lambda: pair(main, auxiliary=mlm()), "tokenizer of the auxiliary .* differs": lambda: pair(main, auxiliary=folder/"other", tokenizer=tokenizer),
         "give tokenizer=": lambda: pair(main, auxiliary=calm.path/"auxiliary"), "no loss of METRO 'rdt'": lambda: pair(main, weights=dict(rdt=1)),
         "cannot be -1": lambda: pair(main, weights=dict(rtd=-1)), "prior cannot be 1": lambda: pair(main, prior=1), "layers of the auxiliary": lambda: pair(main, layers=0),
-        "no head over the vocabulary": lambda: pair(BertModel(main.config)),
+        "no head over the vocabulary": lambda: pair(BertModel(main.config)), "main model cannot be a .*Path; open it": lambda: pair(folder/"other"),
         "no encoder for METRO 'gpt2'": lambda: pair(GPT2LMHeadModel(GPT2Config(vocab_size=9, n_embd=8, n_head=1, n_layer=1))),
         "nothing trains main/head": lambda: pair(main, weights=dict(clm=0)).train()(**batch()[0]),
         "Pair can't do mlm; its objectives are metro": lambda: train_metro.train(pair(main), stages=[Stage(1, objective="mlm")], store=folder/"no", **data),

@@ -4,6 +4,7 @@ import pytest, torch
 from seqwarm.core.errors import Refusal
 from seqwarm.core.layout import layout
 from seqwarm.core.plan import OPS, Plan, Row, operation
+from seqwarm.core.write import build
 
 TINY = dict(model_type="gpt2", vocab_size=11, n_embd=6, n_layer=2, n_head=2, n_positions=8)
 
@@ -87,6 +88,11 @@ def test_bad_files_and_sources(tmp_path):
     (tmp_path/"plan.json").write_text('{"rows": [')
     with pytest.raises(Refusal, match="not a plan that can be read"): Plan.load(tmp_path)
     with pytest.raises(Refusal, match="alias:tensor"): Row("x", "copy", "y")
+
+def test_sources_go_by_the_names_of_the_plan(plan, source):
+    for act in (plan.check, lambda s: plan.make("transformer.wte.weight", s), lambda s: dict(plan.apply(s)), lambda s: build(plan, s)):
+        with pytest.raises(Refusal, match="sources of a plan cannot be a list; give them by name"): act([source])
+    with pytest.raises(Refusal, match="there is no source 's'"): plan.make("transformer.wte.weight", {"source": source})
 
 def test_a_name_belongs_to_one_operation():
     with pytest.raises(ValueError, match="two operations"):

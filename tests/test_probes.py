@@ -216,6 +216,8 @@ def test_what_cannot_work_is_told_in_one_line(bert, tokenizer, tmp_path):
     with_ = lambda **new: Probe(**{**vars(POS), "steps": 1, **new})
     assert "holds an encoder (BertForMaskedLM)" in refused(bert, parse, store) and "holds a seq2seq model" in refused(folders["bart"], POS, store)
     assert "holds a decoder (GPT2LMHeadModel)" in refused(folders["gpt2"], POS, store) and "not a folder" in refused(tmp_path/"nowhere", POS, store)
+    assert "the task of a probe cannot be 'pos'; give a Probe" in refused(bert, "pos", store)
+    assert "a checkpoint cannot be a GPT2LMHeadModel; give its folder" in refused(tiny("gpt2", len(tokenizer)), POS, store)
     assert "128 tokens, the model 64 positions" in refused(bert, with_(length=128), store)
     assert "bleu does not measure tags" in refused(bert, with_(metrics=("bleu",)), store) and "mark no entities" in refused(bert, with_(metrics=("f1",)), store)
     assert "no head" in refused(folders["bart"], Probe(**{**vars(parse), "frozen": True}), store)
@@ -226,7 +228,8 @@ def test_what_cannot_work_is_told_in_one_line(bert, tokenizer, tmp_path):
     big = train_tokenizer([t for t in World().documents("a", words=9000)], 1500)
     other = save(BertForMaskedLM(BertConfig(vocab_size=900, **ENCODER)), big, tmp_path/"big")
     assert "rows for 900" in refused(other, POS, store)
-    for bad, says in [(dict(metrics=("bleuu",)), "did you mean 'bleu'"), (dict(lr=(1e-3, 1e-4)), "valid"), (dict(lr=-1.0), "lr"), (dict(batch=0), "batch"), (dict(tests={}), "tests")]:
+    for bad, says in [(dict(metrics=("bleuu",)), "did you mean 'bleu'"), (dict(lr=(1e-3, 1e-4)), "valid"), (dict(lr=-1.0), "lr"), (dict(batch=0), "batch"), (dict(tests={}), "tests"),
+                      (dict(tests="world:a?task=pos"), "give each set a name")]:
         with pytest.raises(Refusal, match=says): with_(**bad)
 
 def test_a_body_that_is_not_there_is_told(tokenizer, tmp_path):

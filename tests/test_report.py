@@ -56,6 +56,11 @@ def test_a_run_is_told_with_its_seeds_and_what_it_cost_in_all(here):
     text = body(report(gather()))
     assert "78 % to 90 %" in text and text.count("<figure>") == 2 and "60 s" in text and "helper" in text
 
+def test_a_run_at_smoke_has_no_verdict(here):
+    run(here/"runs"/"tried", GOOD | dict(parameters=GOOD["parameters"] | dict(scale="smoke")))
+    row = table(gather(["tried"])).iloc[0]
+    assert (row["claim"], row["measured"], row["verdict"]) == ("clp-steps", 0.84, "no verdict") and "reproduced</td>" not in body(report(gather(["tried"])))
+
 def test_what_differs_and_what_is_the_same(here):
     run(here/"runs"/"wide", GOOD | {"parameters": GOOD["parameters"] | {"width": 64}, "environment": GOOD["environment"] | {"device": "GPU"}})
     text = body(report(gather()))
@@ -86,6 +91,7 @@ BROKEN = {   # what befell a run -> its state, and what the page says
     "foreign record": (lambda r: (r/"record.json").write_text('{"claims": 3}'), "unreadable", "no recipe, no parameters, no claims, no environment"),
     "another version": (record(environment={"seqwarm": "0.0.9"}), "finished", "written by seqwarm 0.0.9"),
     "odd values": (record(claims={"clp-steps": "much"}, by_seed=[1], lines="x", seconds="long", floor={}, parameters={"text": " + "}), "finished", ""),
+    "odd source": (record(parameters={"source": 3}), "unreadable", "its parameter source is no str"),
     "odd parameters": (record(parameters={"seeds": 3}), "unreadable", "its parameter seeds is no list"),
     "failed": (book(cell(ename="MemoryError", evalue="8 GB\nwanted", traceback=[])), "failed", "MemoryError: 8 GB wanted"),
     "failed at length": (book(cell(ename="ValueError", evalue="x" * 9999, traceback=[])), "failed", "ValueError: xxx"),

@@ -1,5 +1,5 @@
 """Recipes as batch jobs, on a recipe of a few cells: what is checked, what is executed, what is left behind, what is run again."""
-import json, math, os, signal, subprocess, sys, time
+import fcntl, json, math, os, shutil, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
@@ -164,6 +164,24 @@ def test_a_folder_in_use_is_refused(tiny):
     held.release()
     with runner._hold(Path("runs/tiny")), pytest.raises(Refusal, match="in use"): run(tiny, show=False)
     assert not Path("runs/tiny/notebook.ipynb").exists() and run(tiny, show=False)["recipe"] == "tiny"
+
+def test_who_waited_for_the_hold_finds_what_was_done_meanwhile(tiny, monkeypatch):
+    hold = runner._hold
+    def late(folder):
+        monkeypatch.setattr(runner, "_hold", hold); run(tiny, show=False)     # another comes first
+        return hold(folder)
+    monkeypatch.setattr(runner, "_hold", late)
+    assert run(tiny, show=False)["recipe"] == "tiny" and Path("runs/tiny/begun").read_text() == "x"
+
+def test_a_lock_on_a_folder_that_went_away_is_one_on_the_next(tmp_path, monkeypatch):
+    flock, calls = fcntl.flock, []
+    def late(file, how):
+        if not calls: shutil.rmtree(tmp_path/"x")     # its holder took it away, between our opening and locking it
+        calls.append(how); return flock(file, how)
+    monkeypatch.setattr(fcntl, "flock", late)
+    held = Lock(tmp_path/"x")
+    with pytest.raises(Refusal, match="in use"): Lock(tmp_path/"x")
+    held.release(); assert len(calls) == 3
 
 @pytest.mark.parametrize("name", ["", ".", "..", "a/b", "../x", ".hidden", "store", "a\nb", "-x", "x" * 300])
 def test_names_that_cannot_be_folders_are_refused(tiny, name):

@@ -82,6 +82,20 @@ def test_what_is_asked_for_is_checked_before_anything_is_written(tmp_path, monke
     assert main(["sweep", "g.toml", "--executor", "slurm"]) == 2 and "submitit is not installed; pip install" in capsys.readouterr().err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["10_tiny.ipynb", "g.toml"]
 
+LATE = """import os, signal, subprocess, sys, threading, time; from pathlib import Path; from seqwarm.batch import slurm
+def begun():
+    while not task.child: time.sleep(0.1)
+end = lambda: (begun(), time.sleep(0.5), task.child.terminate(), time.sleep(1), os.kill(os.getpid(), signal.SIGTERM) if sys.argv[1:] else 0)
+slurm._wanted, slurm._APART = lambda number: False, 3
+task = slurm.Task([sys.executable, "-c", "import time; time.sleep(60)"], Path("log.txt"), 120)
+threading.Thread(target=end).start(); task()"""
+
+@pytest.mark.parametrize("told", [True, False])
+def test_a_run_that_slurm_tells_to_end_before_its_job_has_not_failed(tmp_path, told):
+    env = os.environ | dict(SUBMITIT_EXECUTOR="local", SUBMITIT_LOCAL_JOB_ID="1", PYTHONPATH=str(HERE.parent))
+    got = subprocess.run([sys.executable, "-c", LATE, *["told"]*told], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    assert (got.returncode, got.stderr) == (143, "") if told else got.returncode == 1 and "exit code -15" in got.stderr, got
+
 def test_a_grid_of_notebooks(here):
     notebook(here/"10_tiny.ipynb", "assert corpus != 'b', 'b is broken'")
     grid("[grid]\ncorpus = ['a', 'b', 'c']")

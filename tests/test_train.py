@@ -1,5 +1,6 @@
 """Training: killed anywhere and resumed to the last bit, equal to a plain loop, equal over ranks, and stopped when the loss is no number."""
 import json, os, random, re, signal, subprocess, sys, time
+from contextlib import contextmanager
 from pathlib import Path
 import numpy as np
 import pandas as pd
@@ -9,7 +10,8 @@ import torch.nn.functional as F
 from seqwarm.core import train as module
 from seqwarm.core.errors import Refusal
 from seqwarm.core.objectives import causal
-from seqwarm.core.train import Stage, _Loop, _State
+from seqwarm.core.state import State
+from seqwarm.core.train import Stage, _Loop
 import train_small
 from train_small import equal, weights
 
@@ -117,11 +119,11 @@ def test_a_loss_that_is_no_number_stops_and_keeps_the_last_good_state(folder, mo
     assert state.name == "state-000000030" and json.loads((state/"book.json").read_text())["step"] == 30 and not list((folder/"nan").glob("*/model"))
 
 def test_a_full_disk_leaves_the_earlier_state(folder, monkeypatch):
-    write = _State._write
+    write = State._write
     def full(self, tmp, book):
         write(self, tmp, book)
         if book["step"] == 15: raise OSError(28, "No space left on device")
-    monkeypatch.setattr(_State, "_write", full)
+    monkeypatch.setattr(State, "_write", full)
     with pytest.raises(Refusal, match="disk .* is full"): train_small.main(str(folder), str(folder/"full"))
     [place] = [p for p in (folder/"full").iterdir()]
     assert [p.name for p in place.iterdir() if p.name != ".lock"] == ["state-000000010"]
@@ -185,6 +187,20 @@ def test_interrupted_in_a_notebook_it_goes_on_at_once_and_sweeps_up(folder, smal
     assert kept.__traceback__ and equal(weights(trained.path), weights(undisturbed.path)) and trained.path.parent == place
     assert sorted(p.name for p in place.iterdir()) == [".lock", "history.json", "model"]
 
+def test_who_comes_for_the_lock_just_after_another_ended_trains_nothing(small, monkeypatch):
+    held, update, steps = module.held, _Loop.update, []
+    @contextmanager
+    def late(folder):
+        monkeypatch.setattr(module, "held", held); small("late")     # another comes first
+        with held(folder): yield
+    monkeypatch.setattr(module, "held", late)
+    monkeypatch.setattr(_Loop, "update", lambda self, *args: steps.append(1) or update(self, *args))
+    assert small("late").path.exists() and len(steps) == 5
+
+def test_a_kill_between_the_end_and_the_clearing_up_leaves_nothing(small):
+    trained = small("ended"); (trained.path.parent/"state-000000005").mkdir()
+    assert small("ended").path == trained.path and sorted(p.name for p in trained.path.parent.iterdir()) == [".lock", "history.json", "model"]
+
 def test_a_tracker_sees_every_measurement(folder, small, monkeypatch):
     "Also when the training has the name of a folder of the store; and the ranks stay joined for the next training."
     monkeypatch.setattr(module.Accelerator, "end_training", lambda _: pytest.fail("parts the ranks"))
@@ -198,5 +214,5 @@ def test_a_tracker_sees_every_measurement(folder, small, monkeypatch):
         assert seen.step.tolist() == asked.step.tolist() and np.allclose(seen.value, asked[column])
 
 def test_a_tracker_that_is_not_installed_is_refused(small, monkeypatch):
-    monkeypatch.setattr(module, "get_available_trackers", lambda: [])
+    monkeypatch.setattr("seqwarm.core.trackers.get_available_trackers", lambda: [])
     with pytest.raises(Refusal, match="wandb is not installed"): small("untracked", track="wandb")

@@ -167,7 +167,7 @@ def test_each_warning_can_be_provoked(made, tokenizers, tmp_path):
     def long(x): x[:] = 0.1*torch.randn(x.shape) + 1
     broken = {name: spoilt(pair["source"].parent, tmp_path/name, **change) for name, change in
               dict(wild=dict(helper=wild), unseen=dict(helper=unseen), unknown=dict(source=unknown)).items()}
-    for words, how in {"fell to the guard": broken["wild"], "this method has no guard": broken["wild"] | dict(method="clp"),
+    for words, how in {"like no anchors in particular": broken["wild"], "are they in the right order?": dict(source=pair["helper"], helper=pair["source"]), "this method has no guard": broken["wild"] | dict(method="clp"),
                        "3 new tokens have a helper row of zeros": broken["unseen"], "4 shared tokens have a source row of zeros": broken["unknown"],
                        "times as long as copied ones": pair | dict(method="mean"), "lie close together": pair | dict(method="mean"),
                        "of the weight is negative": broken["wild"] | dict(method="clp")}.items():
@@ -211,3 +211,8 @@ def test_a_corpus_is_refused_by_name(made, tmp_path):
     for corpus, words in {"wrld:b": "did you mean 'world:'", f"text:{tmp_path}/no.txt": "there is no file", f"text:{tmp_path}/empty.txt": "holds no text"}.items():
         with pytest.raises(Refusal, match=words) as e: transfer(home/"source", home/"helper", corpus)
         assert "\n" not in str(e.value)
+
+def test_no_token_says_anything_to_the_terminal():
+    text = {"Ľ": "\x1b", "Ġhaus": " haus", "Ã": "\ufffd", "a": "a", "x": ""}
+    tokenizer = SimpleNamespace(convert_tokens_to_string=lambda tokens: text[tokens[0]])
+    assert [module._shown(tokenizer, t) for t in text] == ["Ľ", "␣haus", "Ã", "a", "x"]

@@ -52,6 +52,8 @@ def test_unigram_prefers_whole_words_and_knows_its_limits():
 @pytest.mark.parametrize("call,words", [
     (lambda p: train_tokenizer([], 400), "no text"), (lambda p: train_tokenizer(["  ", ""], 400), "no text"),
     (lambda p: train_tokenizer(GERMAN, 100), "too small"), (lambda p: train_tokenizer(GERMAN, 400, "bp"), "did you mean 'bpe'"),
+    (lambda p: train_tokenizer(None, 400), "learned from a NoneType; give texts"), (lambda p: train_tokenizer(GERMAN + [3], 400), "learned from a int"),
+    (lambda p: train_tokenizer([{"text": "x"}], 400, "unigram"), "learned from a dict"),
     (lambda p: load_tokenizer(p), "holds no tokenizer"), (lambda p: load_tokenizer(p/"nowhere"), "not a folder"),
 ])
 def test_refusals(call, words, tmp_path):

@@ -140,7 +140,7 @@ def test_dictionaries_and_the_command(world, models, tmp_path, capsys):
         (["--source-vectors", a, "--helper-vectors", str(home/"no.vec"), "--dictionary", pairs], "No such file"),
         (["--source-vectors", str(home), "--helper-vectors", b, "--dictionary", pairs], "Is a directory"),
         (["--source-vectors", a, "--helper-vectors", b, "--dictionary", pairs, "--top-k", "0"], "top_k cannot be 0"),
-        (["--source-vectors", a, "--helper-vectors", b, "--dictionary", pairs, "--ridge", "1"], "no option of wechsel")]
+        (["--source-vectors", a, "--helper-vectors", b, "--dictionary", pairs, "--ridge", "1"], "wechsel has no ridge; leave it out, or take a method that has one: lstsq")]
     before = sorted(tmp_path.rglob("*"))
     for words, says in tries:
         assert main([*base, *words]) == 2

@@ -36,18 +36,17 @@ EXACT, CHANGED, REFUSED = "exact", "changed", "refused"
 def promises(case: Case) -> dict[str, tuple[dict, str]]:
     "Growth by name: what is asked for, and what comes of it."
     k, c = case.kind, case.more
-    head = dict(heads=2) if k == "olmo2" else {}     # 1.5 times as many would be normed together, unevenly
     pre = k in PRE and c.get("do_layer_norm_before", True) or case.architecture == "XLMRobertaXLForTokenClassification"
     heads = 6 if c.get("num_attention_heads") == 4 else 3
     heads = dict(heads=heads, hidden=None if D % heads == 0 else 2*D)
     found = {"ffn": (dict(ffn=4*D + 13), REFUSED if k == "bloom" else EXACT),
              "ffn silent": (dict(ffn=4*D + 13, method="zero"), REFUSED if k == "bloom" else EXACT),
-             "heads": (heads, (CHANGED if k == "olmo2" else EXACT) if k in FREE else REFUSED),
+             "heads": (heads, EXACT if k in FREE else REFUSED),
              "twice": (dict(hidden=2*D), EXACT), "three times": (dict(hidden=3*D), EXACT),
              "half more": (dict(hidden=D + D//2), CHANGED),
-             "half more, lemon": (dict(hidden=D + D//2, method="lemon") | head, EXACT if pre else REFUSED),
+             "half more, lemon": (dict(hidden=D + D//2, method="lemon"), EXACT if pre else REFUSED),
              "twice, lemon": (dict(hidden=2*D, method="lemon"), EXACT if pre else REFUSED),
-             "half more, silent": (dict(hidden=D + D//2, method="zero") | head, EXACT if k in RMS else REFUSED),
+             "half more, silent": (dict(hidden=D + D//2, method="zero"), EXACT if k in RMS else REFUSED),
              "twice, aki": (dict(hidden=2*D, method="aki"), CHANGED), "twice, direct": (dict(hidden=2*D, method="direct"), CHANGED)}
     if case.tied and not c and not case.architecture: return found
     return {name: found[name] for name in ("twice", "half more, lemon", *(["heads", "ffn"] if c else []))}      # what a head or a config changes

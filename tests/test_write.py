@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 from seqwarm.core.checkpoint import Card, Checkpoint
 from seqwarm.core.errors import Refusal
-from seqwarm.core.files import file_fingerprint, fingerprint
+from seqwarm.core.files import file_fingerprint, fingerprint, whole_folder
 from seqwarm.core.plan import Plan, Row, operation
 from seqwarm.core.write import build, save, write
 
@@ -185,3 +185,8 @@ def test_further_files(c, tmp_path, capsys):
         with pytest.raises(Refusal, match="cannot be the name|of the checkpoint itself"): write(plan_of(c), {"s": c}, tmp_path/"x", extra={name: "y"})
     assert left(tmp_path) == before
 
+def test_who_may_read_a_folder_may_read_its_weights(tmp_path):
+    "safetensors writes for its writer alone; in a team's folder that is no model."
+    (tmp_path/"plain").write_text("")
+    with whole_folder(tmp_path/"new") as tmp: save_file({"x": torch.ones(2)}, tmp/"x.safetensors"); (tmp/"to").symlink_to(tmp_path/"plain")
+    assert (tmp_path/"new"/"x.safetensors").stat().st_mode == (tmp_path/"plain").stat().st_mode and (tmp_path/"new"/"to").is_symlink()

@@ -2,9 +2,10 @@
 
 With `stall` it waits a moment at every step, so that a signal can strike anywhere. Beside it, what tests of other small trainings share.
 """
-import os, sys, time
+import os, sys, threading, time
 from pathlib import Path
 import torch
+from tqdm import tqdm
 from transformers import GPT2Config, GPT2LMHeadModel
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.corpus import Corpus
@@ -26,6 +27,9 @@ def equal(a: dict, b: dict) -> bool: return a.keys() == b.keys() and all(torch.e
 def same(a, b) -> bool:
     "Whether two trainings ended, and went, alike."
     return equal(weights(a.path), weights(b.path)) and a.history.drop(columns="seconds").equals(b.history.drop(columns="seconds"))
+
+# a bar's lock is shared by all children of a process, and one that was killed may hold it for ever
+os.register_at_fork(after_in_child=lambda: tqdm.set_lock(threading.RLock()))
 
 def forked(work) -> int:
     "The id of a process that does `work`."

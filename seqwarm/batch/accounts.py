@@ -17,7 +17,7 @@ if TYPE_CHECKING: from seqwarm.core.card import Card
 accounts = typer.Typer()
 
 # %% ../../nbs/batch/32_accounts.ipynb #13dda0b6
-@accounts.command("report")
+@accounts.command("report", epilog="Example: seqwarm report --out growth.html --table growth.csv")
 def _report(names: Annotated[list[str] | None, typer.Argument(metavar="[RUNS]...", help="Runs by name, run folders, or records "
                                                               "(.json); by default all runs.")] = None,
             out: Annotated[Path, typer.Option("-o", "--out", help="The page.")] = Path("report.html"),
@@ -66,7 +66,8 @@ def ancestry(card: "Card") -> list[str]:
     wide = [max(len(str(c)) for c in column) for column in zip(*((n, r) for n, r, _ in rows), ("checkpoint", "made by"))]
     right = lambda costs: "  ".join(x.rjust(w) for x, w in zip(costs, (15, 9, 11)))
     line = lambda name, made, costs: f"{name.ljust(wide[0])}  {made.ljust(wide[1])}  {right(costs)}"
-    return [line("checkpoint", "made by", ["tokens", "FLOPs", "seconds"]), *(line(*r).rstrip() for r in rows)]
+    legend = ["found: it was there, and what it cost is not known"]*any(made == "found" for _, made, _ in rows)
+    return [line("checkpoint", "made by", ["tokens", "FLOPs", "seconds"]), *(line(*r).rstrip() for r in rows), *legend]
 
 def _card(folder: Path) -> "Card":
     if not folder.is_dir(): raise Refusal(f"there is no folder {folder}", "give the folder of a checkpoint")
@@ -75,20 +76,21 @@ def _card(folder: Path) -> "Card":
     from seqwarm.core.card import Card
     return Card.load(folder)
 
-@accounts.command("lineage")
+@accounts.command("lineage", epilog="Example: seqwarm lineage gpt2-german")
 def _lineage(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder.")]) -> None:
     "Print what a checkpoint came from, and what each of its ancestors cost."
     print(*ancestry(_card(checkpoint)), sep="\n")
 
 # %% ../../nbs/batch/32_accounts.ipynb #dba9542a
-@accounts.command("verify")
+@accounts.command("verify", epilog="Example: seqwarm verify gpt2-german")
 def _verify(checkpoint: Annotated[Path, typer.Argument(metavar="CKPT", help="A checkpoint's folder.")]) -> int:
     "Compare a checkpoint's files with the checksums on its card."
     card = _card(checkpoint)
     from seqwarm.core.card import faults
     wrong = faults(checkpoint)
     n = len(card.files)
-    if wrong: print(f"{checkpoint} is not whole: {'; '.join(wrong)}")
+    weights = "" if any("weights" in w or ".safetensors" in w for w in wrong) else "; the weights are as they were written"
+    if wrong: print(f"{checkpoint} is not whole: {'; '.join(wrong)}{weights}")
     elif n: print(f"{checkpoint} is whole: {n} file{'s'*(n != 1)} as they were written")
     else: print(f"{checkpoint}: its weights are whole; its card is of an early version and names no other files")
     return int(bool(wrong))

@@ -12,11 +12,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 import typer
+from .clear import KEEP, STORE, TRACK, disk
 from .ranks import _SELF, beside, rank
-from .run import Failure, _json, run
+from .run import Failure, _json, _tidy, run
 from .sweep import Book, Sweep, read_grid
 from .watch import Bar, Lines, last_bar, screen, show, span, tail
 from ..core.errors import Refusal, number, unknown
+from ..core.files import write_whole
 
 # %% ../../nbs/batch/24_local.ipynb #37e0ccfc
 def _family(pid: int) -> list[Any]:   # of psutil's processes; the first one last
@@ -42,9 +44,12 @@ def job(book: Annotated[Path, typer.Argument(metavar="BOOK", help="The sweep's b
         leash: Annotated[bool, typer.Option("--leash", help="End when standard input ends.")] = False) -> None:
     "One run of a sweep, in this process."
     if leash: threading.Thread(target=_heed_leash, daemon=True).start()
-    asked = _json(book) or {}
-    if name not in asked.get("runs", {}): raise Refusal(f"{book} knows no run {name!r}", "name a book of a sweep, and one of its runs")
-    (beside if rank() else run)(asked["recipe"], asked["runs"][name]["parameters"], name=name)
+    try:
+        asked = _json(book) or {}
+        recipe, given = str(asked["recipe"]), dict(asked["runs"][name]["parameters"])
+    except (KeyError, TypeError, ValueError):
+        raise Refusal(f"{book} knows no run {name!r}", "name a book of a sweep, and one of its runs") from None
+    (beside if rank() else run)(recipe, given, name=name)
 
 # %% ../../nbs/batch/24_local.ipynb #863d4104
 class Local:
@@ -57,6 +62,7 @@ class Local:
         log.parent.mkdir(parents=True, exist_ok=True)
         command, env = [*_SELF, "job", "--leash", "--", str(book.file), name], {"TQDM_NCOLS": "160", **os.environ}
         self.begun[name] = time.monotonic()
+        if log.exists(): write_whole(log, log.read_bytes())   # the last words of one whose sweep was killed still go to the old file
         with open(log, "ab") as out:
             since = out.tell()
             self.processes[name] = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=out, stderr=subprocess.STDOUT,
@@ -85,7 +91,7 @@ class Local:
             for p in asked: p.wait(); p.stdin.close()
 
 # %% ../../nbs/batch/24_local.ipynb #224d7a28
-_MET = re.compile(r".* is in use by another process|.*/store/\S+ exists")   # as core.files says it, in whatever process
+_MET = re.compile(r".* is in use by another process|.*/(store/\S+|(\w+-)?[0-9a-f]{32}(/\S+)?) exists")   # as core.files says it
 
 def verdict(code: int | str,   # of the process, below 0 for a signal; or in words why there is none
             log: str,       # the end of what it printed
@@ -187,14 +193,17 @@ def sweep(grid: Annotated[Path, typer.Argument(metavar="GRID", help="A file in T
                                                       "1 here, and all on a cluster.", show_default=False)] = None,
           resume: Annotated[bool, typer.Option("--resume", help="Go on (as without it), and refuse to begin anew.")] = False,
           executor: Annotated[str, typer.Option(help="Where runs work: local, or slurm.")] = "local",
+          keep: KEEP = None, store: STORE = None, track: TRACK = None,
           ) -> None:
     "Run a recipe many times: what is finished is found, what failed is tried once more, the rest is gone on with."
     if jobs is not None: number("jobs", jobs, 1)
     if executor not in EXECUTORS: raise unknown("executor", executor, EXECUTORS)
+    disk(keep, store, track)
     plan = read_grid(grid)
     runner = EXECUTORS[executor](plan)
     jobs = jobs or (len(plan.given) if runner.stay else 1)
     book = Book(plan, resume)
+    _tidy(plan.runs/name for name in plan.finished)
     show([f"{len(book.runs)} runs in {plan.runs}, {len(plan.finished)} of them finished before"])
     try:
         with screen() as shown: (work := _Work(plan, book, runner, shown)).go(jobs)

@@ -122,7 +122,7 @@ def _parse_one(node: ast.expr, text: str) -> Any:
 def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> parameter, in the order of the cell
     "What a recipe lets one vary, read from its cell tagged `parameters`."
     where, cells = Path(notebook), _read(notebook)["cells"]
-    tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
+    tagged = [c for c in cells if "parameters" in (c.get("metadata", {}).get("tags") or [])]
     if len(tagged) != 1: raise Refusal(f"{where} has {len(tagged)} cells tagged 'parameters'", "a recipe has exactly one")
     source = "".join(tagged[0]["source"])
     try:
@@ -133,11 +133,18 @@ def parameters(notebook: str | Path) -> dict[str, Parameter]:  # name -> paramet
         raise Refusal(f"the parameters cell of {where} cannot be read: {e}", "write lines like: steps: int = None  # comment") from None
     return {p.name: p for p in found}
 
+def _four(nb: dict) -> bool: return (nb.get("nbformat"), type(nb.get("nbformat_minor"))) == (4, int)
+
+def _is_cell(c: Any) -> bool:
+    "Whether this is a cell: with a text, or lines of one, and tags if it has any."
+    text = lambda x: isinstance(x, str) or isinstance(x, list) and all(isinstance(line, str) for line in x)
+    about = c.get("metadata", {}) if isinstance(c, dict) else None
+    return isinstance(about, dict) and isinstance(about.get("tags") or [], list) and text(c.get("source"))
+
 def _read(notebook: str | Path) -> dict:
     try:
         nb = json.loads(Path(notebook).read_text(encoding="utf-8"))
-        if isinstance(nb, dict) and isinstance(nb.get("cells"), list) and all(isinstance(c, dict) and "source" in c for c in nb["cells"]):
-            return nb
+        if isinstance(nb, dict) and isinstance(nb.get("cells"), list) and all(map(_is_cell, nb["cells"])) and _four(nb): return nb
     except OSError as e: raise Refusal(f"{notebook} cannot be read: {e.strerror}", "name a notebook that can") from None
     except (ValueError, RecursionError): pass
     raise Refusal(f"{notebook} is not a notebook", "name a file that JupyterLab can open")

@@ -6,11 +6,12 @@
 __all__ = ['rank', 'beside', 'launch']
 
 # %% ../../nbs/batch/15_ranks.ipynb #787386c8
-import json, logging, os, shutil, sys, tempfile, time, uuid
+import json, logging, os, shutil, sys, time, uuid
 from pathlib import Path
 from typing import Any
 from .run import Failure, _asked, _execute, run
 from ..core.errors import Refusal
+from ..core.files import passing
 
 # %% ../../nbs/batch/15_ranks.ipynb #1a98558b
 def rank() -> int:      # 0 also where there is only one
@@ -27,14 +28,14 @@ def beside(recipe: str | Path,
     "The part of a run that another rank than the first one has: all of it, and nothing is written."
     notebook, wishes, folder, done = _asked(recipe, parameters, scale, name, runs)
     if done is not None: return
-    with tempfile.TemporaryDirectory() as place:
-        try: _execute(notebook, Path(place), wishes, show=False)
+    with passing("seqwarm-rank") as place:
+        try: _execute(notebook, place, wishes, show=False)
         except Refusal: time.sleep(_HEARD); raise
         except Failure as e:
             if not folder.is_dir(): raise
             kept = folder/f"notebook-{rank()}.ipynb"
-            shutil.copy(Path(place)/"notebook.ipynb", kept)
-            raise Failure(str(e).replace(str(Path(place)/"notebook.ipynb"), str(kept))) from None
+            shutil.copy(place/"notebook.ipynb", kept)
+            raise Failure(str(e).replace(str(place/"notebook.ipynb"), str(kept))) from None
 
 # %% ../../nbs/batch/15_ranks.ipynb #6d82f3e2
 _SELF = [sys.executable, "-c", "from seqwarm.batch.cli import main; main()"]   # the `seqwarm` command, wherever it is installed
@@ -53,12 +54,12 @@ def launch(recipe: str | Path,
     for talker in [n for n in logging.root.manager.loggerDict if n.startswith("torch.distributed.elastic")]:
         logging.getLogger(talker).setLevel(logging.CRITICAL)     # what it says of a rank that failed we say in one line
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1)//procs)))
-    with tempfile.TemporaryDirectory() as logs:
-        told = DefaultLogsSpecs(logs, {r: Std.ALL for r in range(1, procs)})
+    with passing("seqwarm-ranks") as logs:
+        told = DefaultLogsSpecs(str(logs), {r: Std.ALL for r in range(1, procs)})
         config = LaunchConfig(1, 1, procs, told, run_id=uuid.uuid4().hex, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0)
         try: elastic_launch(config, _SELF[0])(*_SELF[1:], *_command(recipe, parameters, special))
         except SignalException as e: raise KeyboardInterrupt if e.sigval == 2 else SystemExit(128 + e.sigval) from None
-        except ChildFailedError as e: return _told(*e.get_first_failure(), Path(logs))
+        except ChildFailedError as e: return _told(*e.get_first_failure(), logs)
     return 0
 
 def _command(recipe: str | Path, parameters: dict[str, Any], special: dict[str, str | None]) -> list[str]:

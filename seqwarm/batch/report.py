@@ -17,9 +17,9 @@ import seqwarm
 from ..core.card import Card
 from ..core.claims import each_seed, longest, measured, percent, promised, shown, texts, verdict
 from ..core.errors import Refusal, unknown
-from ..core.figures import COLOURS, _loss, page
+from ..core.figures import _loss, page
 from ..core.ledger import Cost, lineage
-from ..core.readme import amounts
+from ..core.pictures import family_tree
 
 # %% ../../nbs/batch/30_report.ipynb #e2590e00
 @dataclass
@@ -37,10 +37,11 @@ class Seen:
     def parameters(self) -> dict[str, Any]: return self.record.get("parameters", {})
 
 _SHAPE = dict(recipe=str, parameters=dict, claims=dict, environment=dict)   # of a record
-_GIVEN = dict(seeds=list, arms=list, text=str, source_text=str, target_text=str)   # parameters that are looked at, where they are given
+_GIVEN = dict(seeds=list, arms=list, text=str, source=str, source_text=str, target_text=str)   # parameters that are looked at, if given
 
 def _object(path: Path) -> dict[str, Any]:
     "The object in a JSON file; ValueError with a few words if there is none."
+    if not path.is_file(): raise ValueError(f"{path.name} is no file")
     try: found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as e: raise ValueError(f"{path.name} cannot be read ({e.strerror})") from e
     except (ValueError, RecursionError) as e: raise ValueError(f"{path.name} is torn, or no JSON") from e
@@ -77,6 +78,7 @@ _AXES = ("tokens", "flops", "seconds")
 
 def _metrics(path: Path) -> pd.DataFrame:
     "What is drawn of metrics.parquet; ValueError if it does not hold that."
+    if not path.is_file(): raise ValueError(f"{path.name} cannot be read (it is no file)")
     try: m = pd.read_parquet(path)
     except Exception as e: raise ValueError(f"{path.name} cannot be read ({type(e).__name__})") from e   # pyarrow raises many things
     if lost := [k for k in ("arm", "seed", "loss", *_AXES) if k not in m]: raise ValueError(f"{path.name} has no column {', '.join(lost)}")
@@ -134,17 +136,21 @@ def _span(values: list[float], claim: dict) -> str:
     low, high = (shown(claim, f(values)) for f in (min, max)) if values else ("-", "-")
     return low if low == high else f"{low} to {high}"
 
+def _judged(record: dict[str, Any], key: str, claim: dict) -> str:
+    "What a run makes of a claim; one at scale smoke measures nothing."
+    return verdict(claim, None if record["parameters"].get("scale") == "smoke" else measured(record, key))
+
 def _claim(key: str, c: dict, seen: list[Seen]) -> tuple[dict[str, Any], list]:
     "A row of the overview, and what is told of a claim: the sentence, and a line a text."
     having = {id(s.record): s.name for s in seen if key in s.record.get("claims", {})}
     records = [s.record for s in seen if id(s.record) in having]
-    counts = Counter(verdict(c, measured(r, key)) for r in records)
+    counts = Counter(_judged(r, key, c) for r in records)
     row = {"claim": key, "paper's value": percent(c.get("value")), "asked for": shown(c, c["at_least"])}
     rows = []
     for text, r in longest(r for r in records if measured(r, key) is not None).items():
         x, n = measured(r, key), len(r["parameters"].get("seeds") or [])
         rows.append({"text": text, "run": having[id(r)], "scale": str(r["parameters"].get("scale", "-")), "seeds": str(n),
-                     "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c), "verdict": verdict(c, x)})
+                     "measured": shown(c, x), "each seed alone": _span(each_seed(r, key), c), "verdict": _judged(r, key, c)})
     paper = f"{c['paper']}; its value: {percent(c['value'])}" if "value" in c else c["paper"]
     told = [f"### {key}", f"{c['says']} ({paper})", f"Measured: {c['measured']}"]
     return row | {v: str(counts[v]) for v in _VERDICTS}, [*told, pd.DataFrame(rows) if rows else "No run here has a value for it."]
@@ -171,7 +177,7 @@ def table(seen: list[Seen]) -> pd.DataFrame:
             x, alone = (measured(s.record, key), each_seed(s.record, key)) if key else (None, [])
             span = dict(low=min(alone, default=None), high=max(alone, default=None))
             rows.append(one | dict(claim=key, paper_value=c.get("value"), at_least=c.get("at_least"), measured=x, **span,
-                                   verdict=verdict(c, x) if key else None))
+                                   verdict=_judged(s.record, key, c) if key else None))
     return pd.DataFrame(rows)
 
 def _number(x: Any) -> float | None: return float(x) if isinstance(x, (int, float)) else None
@@ -180,41 +186,6 @@ def _total(cards: list[Card]) -> Cost:
     "What checkpoints cost with all they came from; nothing where cards contradict each other, or hold no numbers."
     try: return lineage(cards)
     except (Refusal, TypeError, AttributeError): return Cost()
-
-# %% ../../nbs/batch/30_report.ipynb #1245ffe5
-def _depths(line: dict[str, dict]) -> dict[str, int]:
-    "Id -> length of the longest way from a checkpoint without parents."
-    parents = {k: [p for p in a.get("parents", []) if p in line] for k, a in line.items()}
-    depths = dict.fromkeys(line, 0)
-    for _ in line:      # one round settles a generation; a circle, which no real card has, ends all the same
-        new = {k: max((depths[p] + 1 for p in ps), default=0) for k, ps in parents.items()}
-        if new == depths: break
-        depths = new
-    return depths
-
-def _graph(cards: list[Card]) -> dict:
-    "The figure of a lineage, as plain data."
-    line = {k: a for card in cards for k, a in card.line.items()}
-    depths, rows, spots = _depths(line), Counter(), {}
-    for k in sorted(line, key=lambda k: depths[k]):
-        above = [spots[p][1] for p in line[k].get("parents", []) if p in spots]
-        spots[k] = depths[k], max(rows[depths[k]], round(sum(above)/len(above)) if above else 0)
-        rows[depths[k]] = spots[k][1] + 1
-    edges = [(spots[p], spots[k]) for k, a in line.items() for p in a.get("parents", []) if p in spots]
-    costs = {k: Cost.of(a.get("cost")) for k, a in line.items()}
-    most = max((c.flops for c in costs.values()), default=0) or 1
-    own = lambda a: ", ".join(f"{n} {unit}" for n, unit in zip(amounts([a.get("cost") or {}]), ("tokens", "FLOPs", "s")))
-    told = [f"{a.get('name')} ({a.get('recipe')})<br>{own(a)}" for a in line.values()]
-    nodes = dict(type="scatter", mode="markers+text", x=[spots[k][0] for k in line], y=[spots[k][1] for k in line],
-                 text=[str(a.get("name"))[:30] for a in line.values()], textposition="top center", hovertext=told, hoverinfo="text",
-                 marker=dict(size=[9 + 21*(max(costs[k].flops, 0)/most)**.5 for k in line], line=dict(width=1, color="white"), opacity=1,
-                             color=[COLOURS[7] if a.get("recipe") == "found" else COLOURS[0] for a in line.values()]))
-    x, y = ([v for a, b in edges for v in (a[i], b[i], None)] for i in (0, 1))
-    ways = dict(type="scatter", mode="lines", x=x, y=y, line=dict(color="#bbb", width=1), hoverinfo="skip")
-    bare, wide, high = dict(visible=False, fixedrange=True), max(depths.values()), max(rows.values())
-    return dict(data=[ways, nodes], layout=dict(
-        template="seqwarm", showlegend=False, height=110 + 48*high, margin=dict(l=20, r=20, t=20, b=20),
-        xaxis=bare | dict(range=[-0.5, wide + 0.5]), yaxis=bare | dict(range=[high - 0.5, -0.8])))
 
 # %% ../../nbs/batch/30_report.ipynb #bbfac8f5
 def _differing(rows: dict[str, dict[str, Any]]) -> tuple[pd.DataFrame, dict[str, str]]:
@@ -256,8 +227,8 @@ def _run(s: Seen) -> tuple[str, list]:
                            "other objectives are not to be compared. A ring: here an arm reaches scratch's end; a band spans the seeds."))
     except (Refusal, ValueError, TypeError) as e: s.notes.append(f"its curves cannot be drawn ({e})")
     try:
-        if s.cards: blocks.append((_graph(s.cards), "Lineage, from left to right; a circle grows with the FLOPs of its own training, grey "
-                                                    "is what was found and not trained here. Costs are told of what one points at."))
+        if s.cards: blocks.append((family_tree(s.cards), "Lineage, from left to right; a circle grows with the FLOPs of its own training, "
+                                   "grey is what was found and not trained here. Costs are told of what one points at."))
     except (TypeError, ValueError, AttributeError) as e: s.notes.append(f"its lineage cannot be drawn ({e})")
     return f"{s.name}: {', '.join(filter(None, head))}", blocks
 
@@ -270,7 +241,8 @@ def report(seen: list[Seen]) -> str:
     notes = pd.DataFrame([{"run": s.name, "note": "; ".join(s.notes)} for s in good if s.notes])
     told = ", ".join(f"{n} {state}" for state, n in states.most_common())
     blocks = [f"{told}. Made by seqwarm {seqwarm.__version__} from records, metrics and cards alone.",
-              "## Claims", "A value counts as reproduced from what is asked for in claims.toml, as partly above zero, else as not. The "
+              "## Claims", "A value counts as reproduced from what is asked for in claims.toml, as partly above zero, else as not; "
+              "a run at scale smoke shows that all of it works, and has no verdict. The "
               "overview counts runs; the lines below it are of the run with most seeds on each text.", *_claims(good)]
     if bad: blocks += ["## What did not come to its end", wrong]
     if len(notes): blocks += ["## Notes", notes]

@@ -7,15 +7,14 @@ __all__ = ['Failure', 'run']
 
 # %% ../../nbs/batch/10_run.ipynb #249ff63e
 import fcntl, json, logging, os, re, shutil, signal, sys, tempfile, threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from uuid import uuid4
 import seqwarm
 from .parameters import Parameter, _read, _recipe_name, find_recipe, parameters
 from ..core.errors import Refusal, unknown
-from ..core.files import Lock, write_whole
+from ..core.files import Lock, clear_up, passing, write_whole
 
 # %% ../../nbs/batch/10_run.ipynb #7efa01a1
 def _wishes(notebook: Path, given: dict[str, Any], **special: str | None) -> dict[str, Any]:
@@ -64,8 +63,9 @@ def _before(folder: Path, recipe: str, wishes: dict[str, Any]) -> dict | None:  
     return record if record is not None and record.get("finished", True) else None
 
 def _json(path: Path) -> dict | None:
+    if not path.is_file(): return None   # a pipe has no end
     try: found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError): return None
+    except (OSError, ValueError, RecursionError): return None
     return found if isinstance(found, dict) else None
 
 def _free(folder: Path) -> str:
@@ -73,7 +73,7 @@ def _free(folder: Path) -> str:
 
 # %% ../../nbs/batch/10_run.ipynb #7088aee5
 @contextmanager
-def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be made, the innermost first
+def _hold(folder: Path) -> Iterator[tuple[list[Path], int]]:  # the folders that had to be made, the innermost first; what holds
     "Keep other runners out of the folder while this one works in it."
     new = [p for p in (folder, *folder.parents) if not p.exists()]
     folder.mkdir(parents=True, exist_ok=True)
@@ -83,12 +83,13 @@ def _hold(folder: Path) -> Iterator[list[Path]]:  # the folders that had to be m
         except BlockingIOError:
             raise Refusal(f"{folder} is in use by another process", "wait for it, or give this run another name") from None
         Lock(folder).release()  # a kernel that outlived its runner holds this one
-        yield new
+        clear_up(folder)
+        yield new, fd
     finally:
         os.close(fd)
 
 # %% ../../nbs/batch/10_run.ipynb #41fcad79
-def _client() -> type:
+def _client(place: Path) -> type:   # where its sockets lie
     "papermill's client with this Python as its kernel, and bars that stay one line; imported late, for it takes a second."
     from ipykernel.kernelspec import get_kernel_dict
     from jupyter_client.kernelspec import KernelSpec
@@ -99,7 +100,7 @@ def _client() -> type:
         def __init__(self, **kw):
             super().__init__(**kw)
             # sockets that are files: nobody else can listen, and two kernels that start at once never want one port
-            self.transport, self.ip = "ipc", f"{tempfile.gettempdir()}/seqwarm-{uuid4().hex[:12]}"
+            self.transport, self.ip, self.connection_file = "ipc", f"{place}/k", f"{place}/kernel.json"
         @property
         def kernel_spec(self) -> KernelSpec:
             return KernelSpec(**get_kernel_dict(["--IPKernelApp.log_level=50"]))  # this Python; what it says of its own end is no news
@@ -153,9 +154,16 @@ def _passed_on(runner: Any) -> Iterator[list[int]]:   # of the signals so far
 class Failure(RuntimeError):
     "A run that did not come to its end though nothing was wrong with what the user asked; its text is one line."
 
-def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -> None:
+def _nbformat() -> Any:
+    "The library, without the two seconds in which jsonschema builds a grammar of web addresses that no notebook needs."
+    sys.modules.setdefault("rfc3987_syntax", None)
+    try: import nbformat; return nbformat
+    finally:
+        if sys.modules["rfc3987_syntax"] is None: del sys.modules["rfc3987_syntax"]
+
+def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool, held: tuple[int, ...] = ()) -> None:
     "Run the notebook with these values; it is written to the folder as it goes."
-    import nbformat
+    nbformat = _nbformat()
     from nbclient.exceptions import DeadKernelError
     from papermill.parameterize import parameterize_notebook
     for talker in ("papermill", "asyncio"):  # what they say of a dead kernel we say in one line
@@ -173,16 +181,17 @@ def _execute(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool) -
     wide = min(120, shutil.get_terminal_size().columns or 80)
     quiet = ",".join(filter(None, [os.environ.get("PYTHONWARNINGS"), "ignore:IProgress not found"]))  # our bars are text
     environ = {"TQDM_NCOLS": str(wide), "TQDM_NROWS": "24", **os.environ, "PYTHONWARNINGS": quiet}  # some are 0 x 0, and bars vanish
-    runner = _client()(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
-    with _passed_on(runner) as heard:
-        try: runner.execute(env=environ); _judge(nb, again)
-        except RuntimeError as e:   # a Failure, or a kernel that is no more
-            if heard: raise SystemExit(128 + heard[0]) from None
-            if isinstance(e, DeadKernelError): raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
-            raise
-        finally:
-            if show and runner.open_line: print(file=sys.stderr)
-            keeper.notebook_complete()
+    with passing("seqwarm-kernel") as place:
+        runner = _client(place)(keeper, log=logging.getLogger("papermill"), timeout=None, startup_timeout=120, **streams)
+        with _passed_on(runner) as heard:
+            try: runner.execute(env=environ, pass_fds=held); _judge(nb, again)
+            except RuntimeError as e:   # a Failure, or a kernel that is no more
+                if heard: raise SystemExit(128 + heard[0]) from None
+                if isinstance(e, DeadKernelError): raise Failure(f"the kernel died, perhaps for want of memory; {again}") from None
+                raise
+            finally:
+                if show and runner.open_line: print(file=sys.stderr)
+                keeper.notebook_complete()
 
 def _judge(nb: Any, again: str) -> None:
     "Raise what a cell raised, in one line."
@@ -201,6 +210,23 @@ def _asked(recipe: str | Path, given: dict[str, Any], scale: str | None, name: s
     folder = _folder(wishes.get("runs", runs or "runs"), wishes.get("name", name or _recipe_name(notebook)))
     return notebook, wishes, folder, _before(folder, _recipe_name(notebook), wishes)
 
+def _work(notebook: Path, folder: Path, wishes: dict[str, Any], show: bool, new: list[Path], held: int) -> None:
+    "Execute in a folder that is held; what was refused leaves no new folder."
+    try: _execute(notebook, folder, wishes, show, (held,))
+    except Refusal as e:
+        if new and not any(f.is_file() for f in folder.rglob("*") if f.name != "notebook.ipynb" and not f.name.startswith(".")):
+            shutil.rmtree(folder)
+            for outer in new[1:]:
+                if not any(outer.iterdir()): outer.rmdir()
+        elif book := _json(folder/"notebook.ipynb"):   # the folder stays, and whoever corrects the call may go on in it
+            book["metadata"]["seqwarm"]["refused"] = str(e)
+            write_whole(folder/"notebook.ipynb", book)
+        raise
+
+def _tidy(folders: Iterable[Path]) -> None:
+    "Remove what killed runners left of their writing and of their kernels' sockets; a run that is executed does so itself."
+    for folder in (*folders, tempfile.gettempdir()): clear_up(folder)
+
 def run(recipe: str | Path,                  # its name, or a path to a notebook
         parameters: dict[str, Any] | None = None,  # what differs from the notebook's own values
         scale: str | None = None,            # smoke | demo | full
@@ -210,20 +236,13 @@ def run(recipe: str | Path,                  # its name, or a path to a notebook
         ) -> dict:                           # the record of the run, {} if the recipe writes none
     "Run a recipe to its end, or find that it is finished."
     notebook, wishes, folder, done = _asked(recipe, parameters or {}, scale, name, runs)
+    if done is None:
+        with _hold(folder) as (new, held):
+            if (done := _before(folder, _recipe_name(notebook), wishes)) is None: _work(notebook, folder, wishes, show, new, held)
+    else: _tidy([folder])
     if done is not None:
         if show: print(f"{folder} is finished; nothing was run (another --name runs it again)"); _say(folder, done)
         return done
-    with _hold(folder) as new:
-        try: _execute(notebook, folder, wishes, show)
-        except Refusal as e:
-            if new and not any(f.is_file() for f in folder.rglob("*") if f.name not in ("notebook.ipynb", ".lock")):
-                shutil.rmtree(folder)
-                for outer in new[1:]:
-                    if not any(outer.iterdir()): outer.rmdir()
-            elif book := _json(folder/"notebook.ipynb"):   # the folder stays, and whoever corrects the call may go on in it
-                book["metadata"]["seqwarm"]["refused"] = str(e)
-                write_whole(folder/"notebook.ipynb", book)
-            raise
     record = _json(folder/"record.json") or {}
     if show: _say(folder, record)
     return record

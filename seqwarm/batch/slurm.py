@@ -67,36 +67,45 @@ def options(asked: dict[str, Any]) -> dict[str, Any]:
 
 # %% ../../nbs/batch/26_slurm.ipynb #9c720bdc
 _LINGER = 600   # seconds
+_APART = 10     # seconds between the first of a job's processes that is told to end and the last
 
 class Task:
     "What a job does: a run of a sweep, or a rank of it; submitit carries it to the node."
-    def __init__(self, command: list[str], log: Path, warning: int): self.command, self.log, self.warning = command, log, warning
+    def __init__(self, command: list[str], log: Path, warning: int):
+        self.command, self.log, self.warning = command, log, warning
+        self.told, self.child = False, None
 
     def __call__(self) -> int:
         from submitit import JobEnvironment
-        here, self.told = JobEnvironment(), False
+        here = JobEnvironment()
+        signal.signal(signal.SIGTERM, self._told)
         ranks, log = _ranks(here), self.log.with_name(f"log-{here.global_rank}.txt") if here.global_rank else self.log
         env = {"TQDM_NCOLS": "160", **os.environ, **ranks}
         with open(log, "ab") as out:
             deaf = lambda: signal.signal(signal.SIGUSR2, signal.SIG_IGN)   # and so its kernel, which inherits it
             self.child = subprocess.Popen(self.command, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT,
                                           env=env, preexec_fn=deaf)
-        signal.signal(signal.SIGTERM, self._told)
-        code, until = self.child.wait(), time.monotonic() + _LINGER
+        if self.told: self.child.terminate()
+        code, ended = self.child.wait(), time.monotonic()
+        while code in (-signal.SIGTERM, 143) and not self.told and time.monotonic() < ended + _APART: time.sleep(0.1)
+        until = time.monotonic() + _LINGER
         while self.told and code and time.monotonic() < until and _wanted(here.job_id): time.sleep(1)
         if code and self.told: raise SystemExit(143)   # without a word: whether the job goes on is for Slurm to say
         if code: raise RuntimeError(f"exit code {code}")   # so that Slurm counts it as failed, too
         return 0
 
-    def _told(self, *_: Any) -> None: self.told = True; self.child.terminate()
+    def _told(self, *_: Any) -> None:
+        self.told = True
+        if self.child: self.child.terminate()
 
     def checkpoint(self, *_: Any) -> Any:
         "End the run in good order; what shall be done when it has a node again: the same."
         from submitit.helpers import DelayedSubmission
-        self.child.terminate()
-        until = time.monotonic() + max(5, self.warning - 20)
-        while (alive := _alive(self.child.pid)) and time.monotonic() < until: time.sleep(0.2)
-        if alive: _kill(_family(self.child.pid))
+        if self.child:
+            self.child.terminate()
+            until = time.monotonic() + max(5, self.warning - 20)
+            while (alive := _alive(self.child.pid)) and time.monotonic() < until: time.sleep(0.2)
+            if alive: _kill(_family(self.child.pid))
         return DelayedSubmission(Task(self.command, self.log, self.warning))
 
 def _alive(pid: int) -> bool:   # a child's; who waits for it in a signal's handler finds the usual ways locked

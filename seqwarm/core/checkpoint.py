@@ -9,6 +9,7 @@ __all__ = ['DTYPES', 'head', 'finite', 'Checkpoint']
 import json, math
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from difflib import get_close_matches
 from functools import cached_property
 from itertools import cycle
 from pathlib import Path
@@ -58,7 +59,7 @@ def _header(path: Path) -> dict[str, dict]:
     except OSError as e: raise Refusal(f"{path} cannot be read ({e.strerror})", _AGAIN) from e
     end = 8 + n
     for name, t in sorted(head.items(), key=lambda item: item[1]["at"]):
-        if t["dtype"] not in DTYPES: raise Refusal(f"{name} in {path} has the dtype {t['dtype']}, which is not known here", "convert it")
+        if t["dtype"] not in DTYPES: raise Refusal(f"{name} in {path} has the dtype {t['dtype']}, not known here", "save it as float32")
         long = math.prod(t["shape"])*DTYPES[t["dtype"]].itemsize
         if min(t["shape"], default=0) < 0 or t["at"] != (end, end + long):
             raise Refusal(f"{path} is damaged: {name} should lie in bytes {end} to {end + long}, not {t['at'][0]} to {t['at'][1]}", _AGAIN)
@@ -93,9 +94,17 @@ def _places(folder: Path) -> dict[str, tuple[Path, dict]]:
     raise Refusal(f"{folder} holds no {_WEIGHTS}", "is it the folder of a Hugging Face model? Pickled weights are never loaded here")
 
 # %% ../../nbs/core/20_checkpoint.ipynb #b710cad3
+def _readable(folder: Path) -> Path:
+    "A folder in which nothing lies that could be read for ever."
+    for p in folder.iterdir():
+        if p.exists() and not p.is_file() and not p.is_dir(): raise Refusal(f"{p} is neither a file nor a folder", "take it away")
+    return folder
+
 def _folder(path: str | Path) -> Path:
     "The local folder of a checkpoint, downloaded if `path` is a name on the hub."
-    if Path(path).is_dir(): return Path(path)
+    if not isinstance(path, (str, Path)):
+        raise Refusal(f"a checkpoint cannot be a {type(path).__name__}", "give its folder, or a name on the hub")
+    if Path(path).is_dir(): return _readable(Path(path))
     name = str(path)
     if Path(path).exists() or name.startswith(("/", ".", "~")) or name.count("/") > 1:
         raise Refusal(f"{path} is not a folder", "give the folder of a checkpoint, or a name on the hub")
@@ -103,18 +112,9 @@ def _folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HFValidationError
     try: return Path(snapshot_download(name, allow_patterns=_WANTED))
     except (OSError, HFValidationError) as e:  # not found, gated, offline: all are OSErrors there
+        near = get_close_matches(Path(name).name, [p.name for p in Path(name).parent.glob("*/")], n=1)
         raise Refusal(f"there is no folder {path}, and the hub does not give it ({type(e).__name__})",
-                      "check the name and the network") from e
-
-class _quiet:
-    "No progress bars and no advice from transformers while it loads."
-    def __enter__(self):
-        from transformers.utils import logging
-        self.log, self.level, self.bar = logging, logging.get_verbosity(), logging.is_progress_bar_enabled()
-        logging.set_verbosity_error(); logging.disable_progress_bar()
-    def __exit__(self, *_):
-        self.log.set_verbosity(self.level)
-        if self.bar: self.log.enable_progress_bar()
+                      f"did you mean {Path(name).with_name(near[0])}?" if near else "check the name and the network") from e
 
 def _own_code(config: dict, path: Any) -> None:
     from transformers import CONFIG_MAPPING
@@ -212,6 +212,11 @@ class Checkpoint:
         return {k: v for k, v in own.items() if k not in self.config or k.endswith("_token_id")} if set(own) - set(self.config) else None
 
 def _weights_fingerprint(files: Iterable[Path]) -> str: return fingerprint([file_fingerprint(f) for f in files])
+
+def _open(x: Any, what: str) -> Checkpoint:
+    "A checkpoint as it came; a path, or a model in memory, is refused."
+    if isinstance(x, Checkpoint): return x
+    raise Refusal(f"the {what} cannot be a {type(x).__name__}", "open a folder first: Checkpoint(FOLDER)")
 
 # %% ../../nbs/core/20_checkpoint.ipynb #11b3a8cf
 def _pieces(self: Checkpoint,

@@ -42,7 +42,7 @@ def _place(corpus: str) -> str:
     scheme, _, rest = corpus.split("?")[0].partition(":")
     parts = Path(rest)
     if scheme == "world": return f"{scheme} {rest}"
-    return f"{parts.parent.name} {next((x for x in parts.name.split('.') if len(x) == 2), parts.stem)}".strip()
+    return f"{parts.parent.name} {next((x for x in parts.name.split('.') if len(x) == 2), parts.stem.strip('*'))}".strip()
 
 def texts(p: Mapping[str, Any]) -> str:
     "What the models of a run read, told from its parameters; nothing where they name no text."
@@ -50,6 +50,7 @@ def texts(p: Mapping[str, Any]) -> str:
         first, *more = map(_place, p["text"].split(" + "))
         return " + ".join([first, *((m.split() or [m])[-1] for m in more)])
     known = [_place(p[k]) for k in ("source_text", "target_text") if p.get(k)]
+    if p.get("source"): known = [Path(p["source"]).name, *known[-1:]]     # a model that was there: what it has read is its own affair
     return f"{known[0]} → {known[1].split()[-1]}" if len(known) == 2 else "".join(known)
 
 def longest(records: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:

@@ -6,7 +6,7 @@
 __all__ = ['Source', 'parse', 'documents', 'Tokens', 'tokenize', 'Packed', 'pack', 'Corpus']
 
 # %% ../../nbs/core/50_corpus.ipynb #c0cb9862
-import glob, os, shutil
+import glob, gzip, json, os, shutil, zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -79,6 +79,7 @@ def documents(source: Source,          # one part of a corpus string
               split: str = "train",    # 'train', 'valid' (the hold-out), or 'all'
               ) -> Iterator[str]:      # non-empty documents, stripped
     "The documents of a source, as a stream."
+    if not isinstance(source, Source): raise Refusal(f"{source!r} is no source of documents", "give one that `parse` finds in a string")
     if split not in ("train", "valid", "all"): raise unknown("split", split, ["train", "valid", "all"])
     if source.scheme == "world": stream = _world(source, split)
     else:
@@ -106,16 +107,36 @@ def _rows(dataset, source: Source) -> Iterator[str]:
         if text := text.strip(): yield text
 
 # %% ../../nbs/core/50_corpus.ipynb #fb0789e2
+def _object(row: object, text: str, where: str) -> dict:
+    "A row that is one, and whose texts can be written in UTF-8."
+    if not isinstance(row, dict): raise ValueError(f"{where} holds no object")
+    if "\\ud" in text.lower(): json.dumps(row, ensure_ascii=False).encode()   # half a character is refused here
+    return row
+
+def _objects(path: str) -> Iterator[dict]:
+    "The objects of a file, one a line, or all in one list."
+    with gzip.open(path, "rt", encoding="utf-8-sig") if path.endswith(".gz") else open(path, encoding="utf-8-sig") as f:
+        for k, line in enumerate(f, 1):
+            if not line.strip(): continue
+            whole = line.startswith("[")
+            if whole: line += f.read()
+            try: row = json.loads(line)
+            except (ValueError, RecursionError) as e: raise ValueError(f"line {k}: {e}") from e
+            yield from (_object(x, line, f"line {k}") for x in (row if whole else [row]))
+
 def _read(source: Source) -> Iterator[dict]:
-    "The rows of files, by `datasets`: of .jsonl or .parquet, or the lines of .txt as `text`."
+    "The rows of files: of .jsonl, or by `datasets` of .parquet, or the lines of .txt as `text`."
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
     paths = _paths(source)
     suffix = Path(paths[0].removesuffix(".gz")).suffix
     if suffix not in _KINDS:
         raise Refusal(f"{paths[0]} ends in {suffix or 'nothing'}", f"give files that end in {', '.join(_KINDS)}, or these with .gz")
-    try: yield from load_dataset(_KINDS[suffix], data_files=paths, split="train", streaming=True)   # 'train': as it calls all of them
-    except (DatasetGenerationError, OSError, ValueError, EOFError, KeyError, TypeError) as e:
+    try:
+        if _KINDS[suffix] == "json":
+            for p in paths: yield from _objects(p)
+        else: yield from load_dataset(_KINDS[suffix], data_files=paths, split="train", streaming=True)   # 'train': as it calls all of them
+    except (DatasetGenerationError, OSError, ValueError, EOFError, KeyError, TypeError, RecursionError, zlib.error) as e:
         raise Refusal(f"{source.place} can't be read as {suffix[1:]} ({type(e).__name__}: {str(e)[:120]})", "check the file") from e
 
 def _files(source: Source) -> Iterator[str]:
@@ -252,6 +273,8 @@ class Corpus:
                  alpha: float = 1.0):      # exponent of the sizes in the mixture
         for what, value, least, kind in [("length", length, 2, int), ("seed", seed, 0, int), ("alpha", alpha, 0, float)]:
             number(f"the {what} of a corpus", value, least, kind)
+        if getattr(tokenizer, "backend_tokenizer", None) is None:
+            raise Refusal(f"a {type(tokenizer).__name__} cannot cut a corpus", "load one that has a tokenizer.json: load_tokenizer(FOLDER)")
         self.spec, self.length, self.seed = spec, length, seed
         sources = parse(spec)
         self.parts = [tokenize(s, tokenizer, split) for s in sources]
@@ -282,8 +305,9 @@ class Corpus:
         "The samples at `places` [B] of the endless order."
         rows, epochs = np.empty((len(places), 2), np.int64), places // len(self)
         for e in np.unique(epochs).tolist():
-            if e not in self._epochs: self._epochs = {e: _epoch(self.sizes, self.counts, self.seed, e)}  # one epoch is kept
-            rows[epochs == e] = self._epochs[e][places[epochs == e] % len(self)]
+            if (order := self._epochs.get(e)) is None:
+                order = _epoch(self.sizes, self.counts, self.seed, e); self._epochs = {e: order}   # one epoch is kept
+            rows[epochs == e] = order[places[epochs == e] % len(self)]
         out = np.empty((3, len(places), self.length), np.int64)
         for j, part in enumerate(self.parts):
             if (mine := rows[:, 0] == j).any(): out[:, mine] = pack(part, rows[mine, 1], self.length)

@@ -13,13 +13,20 @@ from numbers import Integral, Real
 from typing import Any
 
 # %% ../../nbs/core/00_errors.ipynb #33d7f0f2
+_LONGEST = 1000   # characters of a refusal
+
+def _line(text: str) -> str:
+    "A text as one line of sensible length that moves no cursor, whatever a file or a library put into it."
+    line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST//2]} ... {line[-_LONGEST//3:]}"   # what to do comes last
+
 class Refusal(ValueError):
     "Bad input that the user can mend; its text is one line: what is wrong, and what to do."
     def __init__(self,
                  wrong: str,     # what is wrong, naming the file, tensor or parameter
                  do: str = ""):  # what to do about it
         text = wrong.rstrip(". ") + (f"; {do}" if do else "")
-        super().__init__(" ".join(text.split()))  # one line, whatever the pieces held
+        super().__init__(_line(text))
 
 # %% ../../nbs/core/00_errors.ipynb #bd340a2f
 def unknown(kind: str,               # what was looked up: 'recipe', 'corpus', 'parameter'
@@ -48,3 +55,14 @@ def named_once(name: str,               # what it is called, for the refusal
     "Refuse a list that is empty, or that names something twice."
     if not values: raise Refusal(f"{name} is an empty list", "give at least one, or leave it out")
     if len(set(values)) < len(values): raise Refusal(f"{name} names something twice", "name each once")
+
+# %% ../../nbs/core/00_errors.ipynb #b7d2406f
+class _quiet:
+    "No progress bars and no advice from transformers while it loads."
+    def __enter__(self):
+        from transformers.utils import logging
+        self.log, self.level, self.bar = logging, logging.get_verbosity(), logging.is_progress_bar_enabled()
+        logging.set_verbosity_error(); logging.disable_progress_bar()
+    def __exit__(self, *_):
+        self.log.set_verbosity(self.level)
+        if self.bar: self.log.enable_progress_bar()

@@ -8,8 +8,9 @@ __all__ = ['Feed', 'keeping', 'held', 'weights_fingerprint', 'keep']
 # %% ../../nbs/core/78_feed.ipynb #fb7326ba
 import shutil, time
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from .files import Lock, fingerprint, room, whole_folder, write_whole
 from .layout import Layout
 from .objectives import Draws, objective, shape
 from .stages import Stage
+from .store import used
 from .vocab import tokenizer_fingerprint
 
 # %% ../../nbs/core/78_feed.ipynb #84c65e55
@@ -30,6 +32,8 @@ def _cut(value, parts: int) -> list:
     "A tensor in parts along its first axis; several masks by name, cut together."
     if torch.is_tensor(value): return list(value.chunk(parts))
     return [type(value)(zip(value, some)) for some in zip(*(v.chunk(parts) for v in value.values()))]
+
+_HAND = ThreadPoolExecutor(1, "feed")     # makes the next batch while a GPU works on this one
 
 @dataclass
 class Feed:
@@ -40,6 +44,7 @@ class Feed:
     batch: int; accumulate: int; seed: int
     over: tuple[int, int] | None = None # first step and steps of what the share done is told of; by default the stage
     kept: np.ndarray | None = None      # [P, share of the batch, S, D or (L+1) D]: the encoder's outputs of a round
+    ahead: dict[int, Future] = field(default_factory=dict)   # the step that is being made
 
     @property
     def share(self) -> int: return self.batch // self.acc.num_processes
@@ -53,15 +58,25 @@ class Feed:
         first, steps = self.over or (self.begin, self.stage.steps)
         return (step - first) / steps
 
-    def parts(self, step: int) -> list[dict[str, torch.Tensor]]:
-        "This rank's inputs of a step, in the parts to be accumulated."
-        share, step, device = self.done(step), self.place(step), self.acc.device
+    def _made(self, step: int) -> dict[str, torch.Tensor]:
+        "This rank's inputs of a step, in memory from which a GPU fetches them by itself."
+        share, step = self.done(step), self.place(step)
         packed = self.corpus.sample(step * self.batch + self.acc.process_index * self.share + np.arange(self.share))
         inputs = objective(self.stage.objective)(packed, Draws(self.seed, step, packed.samples, share), self.config, self.tokenizer)
         if self.kept is not None:
             del inputs["input_ids"]
             inputs["encoder_outputs"] = torch.from_numpy(self.kept[step - self.begin]).float()
-        inputs = {k: v.to(device, non_blocking=True) for k, v in inputs.items()}
+        return {k: v.pin_memory() for k, v in inputs.items()} if self.acc.device.type == "cuda" else inputs
+
+    @property
+    def _beside(self) -> bool: return self.acc.device.type == "cuda"
+
+    def parts(self, step: int) -> list[dict[str, torch.Tensor]]:
+        "This rank's inputs of a step, in the parts to be accumulated; where a GPU works, the next step's are begun."
+        if self._beside:
+            now = self.ahead.pop(step, None) or _HAND.submit(self._made, step)
+            self.ahead = {step + 1: _HAND.submit(self._made, step + 1)}
+        inputs = {k: v.to(self.acc.device, non_blocking=True) for k, v in (now.result() if self._beside else self._made(step)).items()}
         return [dict(zip(inputs, part)) for part in zip(*(_cut(v, self.accumulate) for v in inputs.values()))]
 
 # %% ../../nbs/core/78_feed.ipynb #453104e1
@@ -95,6 +110,16 @@ def held(folder: Path) -> Iterator[None]:
             with suppress(OSError): folder.parent.rmdir()   # unless others lie in it
         lock.release()
 
+def _check_kinds(model, tokenizer, corpora: tuple, stages) -> None:
+    "Refuse a folder in the place of a model, a string in that of a corpus, one stage in that of a list."
+    odd = [s for s in stages if not isinstance(s, Stage)] if isinstance(stages, (list, tuple)) else [stages]
+    for what, x, fits, do in [
+        ("model", model, hasattr(model, "config"), "open it: AutoModelForCausalLM.from_pretrained(FOLDER)"),
+        ("tokenizer", tokenizer, hasattr(tokenizer, "get_vocab"), "load it: load_tokenizer(FOLDER)"),
+        *(("corpus", c, isinstance(c, Corpus), "make it: Corpus(STRING, tokenizer, LENGTH)") for c in corpora),
+        *(("stages", s, False, "give a list: [Stage(STEPS)]") for s in odd)]:
+        if not fits: raise Refusal(f"the {what} of a training cannot be a {type(x).__name__}", do)
+
 def weights_fingerprint(module: torch.nn.Module) -> str:
     "Of all parameters and buffers that a module saves."
     raw = lambda tensor: tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()
@@ -113,7 +138,7 @@ def _fill(feed: Feed, encoder: torch.nn.Module, file: Path) -> None:
         with np.errstate(over="ignore"): kept[i] = out
         if not np.isfinite(kept[i]).all():
             raise Refusal(f"the encoder's outputs in step {i} of the round are no {stage.keep} numbers (largest: {np.abs(out).max():.3g})",
-                          "keep them as float32" if np.isfinite(out).all() else "the encoder is broken")
+                          "keep them as float32" if np.isfinite(out).all() else "take an encoder from before it broke")
     kept.flush()
 
 # %% ../../nbs/core/78_feed.ipynb #a65a5f82
@@ -130,14 +155,17 @@ def keep(feed: Feed,
            stage.objective, stage.repeat, stage.keep, feed.seed, feed.begin, feed.batch, feed.accumulate, acc.process_index,
            acc.num_processes, acc.device.type, torch.__version__, transformers.__version__]
     folder = Path(store)/f"kept-{fingerprint(key)}"; done = folder/"outputs"
+    used(folder, "outputs of a sleeping encoder")
     if not done.exists():
         with held(folder):
             for old in folder.glob(".*.part"): shutil.rmtree(old)   # what a kill left behind
-            room(done, size)
-            was, begun = encoder.training, time.perf_counter(); encoder.eval()
-            with whole_folder(done) as tmp:
-                _fill(feed, encoder, tmp/"outputs.npy")
-                write_whole(tmp/"seconds.json", time.perf_counter() - begun)
-            encoder.train(was)
+            if not done.exists():   # before it was held, another may have filled it
+                room(done, size)
+                was, begun = encoder.training, time.perf_counter(); encoder.eval()
+                with whole_folder(done) as tmp:
+                    _fill(feed, encoder, tmp/"outputs.npy")
+                    write_whole(tmp/"seconds.json", time.perf_counter() - begun)
+                encoder.train(was)
     feed.kept = np.load(done/"outputs.npy", mmap_mode="c")   # "c": torch wants memory that may be written, and writes nothing
+    feed.ahead.clear()                                       # a step that was begun without them
     return float((done/"seconds.json").read_text())

@@ -14,6 +14,7 @@ import pandas as pd
 import plotly.graph_objects as go
 import plotly.io as pio
 from plotly.offline import get_plotlyjs
+from .errors import unknown
 from .ledger import crossing
 
 # %% ../../nbs/core/95_figures.ipynb #449ab64e
@@ -23,6 +24,10 @@ pio.templates["seqwarm"] = go.layout.Template(layout=dict(
     margin=dict(l=70, r=30, t=60, b=60), legend=dict(bgcolor="rgba(255,255,255,0.7)"), title=dict(x=0, xref="paper", font=dict(size=17)),
     xaxis=dict(showline=True, linecolor="#444", gridcolor="#eee", ticks="outside", zeroline=False),
     yaxis=dict(automargin=True, showline=True, linecolor="#444", gridcolor="#eee", ticks="outside", zeroline=False)))
+
+def _needs(table: pd.DataFrame, *columns: str) -> None:
+    for c in columns:
+        if c not in table: raise unknown("column in the table", c, map(str, table.columns))
 
 def _colours(arms: list[str], reference: str) -> dict[str, str]:
     "A colour for each arm, black for the reference."
@@ -45,25 +50,31 @@ def _curves(metrics: pd.DataFrame, axes: list[str]) -> dict[str, dict[str, np.nd
 def _level(y: float, colour: str, dash: str, text: str, above: bool) -> tuple[dict, dict]:
     "A line across the figure, and what stands at its end."
     return (dict(type="line", xref="x domain", x0=0, x1=1, y0=y, y1=y, line=dict(color=colour, dash=dash, width=1)),
-            dict(text=text, xref="x domain", x=1, xanchor="right", y=y, yanchor="bottom" if above else "top", showarrow=False))
+            dict(text=text, xref="x domain", x=1, xanchor="right", y=y, yanchor="bottom" if above else "top", showarrow=False,
+                 bgcolor="rgba(255,255,255,0.7)"))
 
-def _loss(metrics: pd.DataFrame, axes: list[str], reference: str, floor: float | None, title: str, log: bool = False) -> dict:
+def _loss(metrics: pd.DataFrame, axes: list[str], reference: str, floor: float | None, title: str, log: bool = False,
+          level: float | None = None) -> dict:
     "The figure of `loss_curves` as plain data: quick to make, where a page has hundreds."
     traces, places = [], []                     # places: x of each trace by axis
-    arms, last = _curves(metrics, axes), metrics[metrics.arm == reference].groupby("seed").loss.last().mean()
+    arms = _curves(metrics, axes)
+    last = metrics[metrics.arm == reference].groupby("seed").loss.last().mean() if level is None else level
     def draw(x: dict, **trace) -> None: places.append(x); traces.append(dict(type="scatter", x=x[axes[0]], **trace))
-    for arm, colour in _colours(list(arms), reference).items():
+    for i, (arm, colour) in enumerate(_colours(list(arms), reference).items()):
         if arm not in arms: continue
+        dash = "dash" if i >= len(COLOURS) and arm != reference else "solid"     # colours come a second time
         curve, same = arms[arm], dict(legendgroup=arm)
         if (curve["high"] > curve["low"]).any():
             draw({a: np.r_[curve[a], curve[a][::-1]] for a in axes}, y=np.r_[curve["high"], curve["low"][::-1]], fill="toself",
                  fillcolor=colour, opacity=0.15, line=dict(width=0), hoverinfo="skip", showlegend=False, **same)
-        draw(curve, y=curve["mean"], name=arm, mode="lines", line=dict(color=colour, width=3 if arm == reference else 2), **same)
+        draw(curve, y=curve["mean"], name=arm, mode="lines", **same,
+             line=dict(color=colour, width=3 if arm == reference else 2, dash=dash))
         at = {a: None if arm == reference else crossing(curve[a].tolist(), curve["mean"].tolist(), last) for a in axes}
         if None not in at.values():
             draw({a: [x] for a, x in at.items()}, y=[last], mode="markers", marker=dict(color=colour, size=11, symbol="circle-open",
                  line=dict(width=3)), showlegend=False, hovertext=f"{arm} reaches it", hoverinfo="text+x", **same)
-    levels = [_level(last, "#000", "dot", f"{reference} at its end", True)]*(reference in arms)
+    called = f"{reference} at its end" if level is None else "the goal"
+    levels = [_level(last, "#000", "dot", called, True)]*(reference in arms)
     if floor is not None: levels.append(_level(floor, "#888", "dash", "floor", False))
     told = {a: _AXES.get(a, a) for a in axes}
     buttons = [dict(label=label, method="update", args=[dict(x=[x[a] for x in places]), {"xaxis.title.text": label}])
@@ -72,16 +83,28 @@ def _loss(metrics: pd.DataFrame, axes: list[str], reference: str, floor: float |
     return dict(data=traces, layout=dict(template="seqwarm", title=dict(text=title), updatemenus=menu if len(axes) > 1 else [],
                 shapes=[s for s, _ in levels], annotations=[a for _, a in levels],
                 xaxis=dict(title=dict(text=told[axes[0]]), type="log" if log else "linear"),
-                yaxis=dict(title=dict(text="validation loss (nats a token)"))))
+                yaxis=dict(title=dict(text="validation loss (nats a token)")) | _window(arms, reference)))
+
+def _window(arms: dict[str, dict], reference: str) -> dict[str, list[float]]:
+    "The range of losses to begin with, where an arm begins so far above the reference that it would hide all others."
+    if reference not in arms: return {}
+    losses = {a: c["mean"][np.isfinite(c["mean"])] for a, c in arms.items()}
+    top, every = max(losses[reference], default=np.inf), np.concatenate(list(losses.values()))
+    if not (every > 2*top).any(): return {}
+    low = every.min()
+    return dict(range=[float(low - (top - low)/20), float(top + (top - low)/20)])
 
 def loss_curves(metrics: pd.DataFrame,         # tidy: columns arm, seed, those named by `by`, loss
                 by: str | Sequence[str] = "tokens",   # tokens | flops | step | seconds; several: a button for each
-                reference: str = "scratch",    # arm whose last loss is the level to reach
+                reference: str = "scratch",    # arm that the others are compared with
                 floor: float | None = None,    # nats a token that no model can go below
                 title: str = "",
-                log: bool = False) -> go.Figure:
-    "Loss of each arm against what it cost, with the crossings of the reference's last loss."
-    return go.Figure(_loss(metrics, [by] if isinstance(by, str) else list(by), reference, floor, title, log))
+                log: bool = False,
+                level: float | None = None) -> go.Figure:   # the loss to reach; by default the reference's last
+    "Loss of each arm against what it cost, with the crossings of the loss to reach."
+    axes = [by] if isinstance(by, str) else list(by)
+    _needs(metrics, "arm", "seed", "loss", *axes)
+    return go.Figure(_loss(metrics, axes, reference, floor, title, log, level))
 
 # %% ../../nbs/core/95_figures.ipynb #82b53ac8
 def _got(mean: float, got: int, of: int) -> str:
@@ -92,6 +115,7 @@ def saved_bars(table: pd.DataFrame,    # columns arm, seed, and one a measure, i
                measures: dict[str, str],   # column -> what the legend calls it
                title: str = "") -> go.Figure:
     "Mean saving of each arm by each measure over the seeds that got there, with a point for each."
+    _needs(table, "arm", *measures)
     fig, arms = go.Figure(), list(dict.fromkeys(table.arm))
     for i, (column, label) in enumerate(measures.items()):
         values = table.assign(value=pd.to_numeric(table[column]) * 100)
@@ -131,6 +155,7 @@ def scores(table: pd.DataFrame,      # columns arm, seed, and one a measure
            measures: list[str],      # columns
            title: str = "", unit: str = "percent") -> go.Figure:
     "Scores of several arms by several measures, with a dot a seed and a diamond at the mean."
+    _needs(table, "arm", *measures)
     fig, arms = go.Figure(), list(dict.fromkeys(table.arm))
     for colour, arm in zip(COLOURS*len(arms), arms):
         rows = table.loc[table.arm == arm, measures].apply(pd.to_numeric)
@@ -148,6 +173,7 @@ def by_setting(table: pd.DataFrame,              # columns setting, value, and t
                filled: pd.Series | None = None,  # whether a dot is; by default all are
                title: str = "", unit: str = "") -> go.Figure:
     "Values in several settings, a dot a seed and a line through the means."
+    _needs(table, "setting", "value", by)
     fig, names = go.Figure(), list(dict.fromkeys(table[by]))
     for colour, name in zip(COLOURS*len(names), names):
         rows = table[table[by] == name]

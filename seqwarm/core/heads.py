@@ -16,8 +16,7 @@ from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .checkpoint import _quiet
-from .errors import Refusal
+from .errors import Refusal, _quiet
 from .examples import Examples
 from .mix import with_mix
 

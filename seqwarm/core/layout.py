@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from functools import cache
 from typing import Any
-from .errors import Refusal, unknown
+from .errors import Refusal, _quiet, number, unknown
 
 # %% ../../nbs/core/05_layout.ipynb #3fa3f53f
 @dataclass(frozen=True)
@@ -113,12 +113,32 @@ def _holds(row: _Row, true: dict[str, bool | frozenset], layer: int | None) -> b
                for wanted, fact in said if layer is not None or not isinstance(fact, frozenset))
 
 # %% ../../nbs/core/05_layout.ipynb #77a03d9e
+_MOST = 200_000   # layers times experts; no model comes near
+_SOME = ("layers", "hidden", "vocab", "heads", "head")   # what is never 0
+
+def _facts(family: Family, config: dict) -> dict[str, Any]:
+    "What a family reads in a config, which may hold anything."
+    try: return family.read(config)
+    except (TypeError, ValueError, KeyError, AttributeError) as e:
+        kind = config["model_type"]
+        raise Refusal(f"the config of this {kind} model is not valid: {type(e).__name__}: {e}", "mend its config.json") from e
+
+def _sensible(sizes: dict[str, int], kind: str) -> None:
+    "Refuse sizes that no model has."
+    for axis, n in sizes.items():
+        number(f"the size of {axis} in the config of this {kind} model", n, int(axis.split(".")[-1] in _SOME))
+    layers = sum(n for axis, n in sizes.items() if axis.split(".")[-1] == "layers")
+    experts = max([1, *(n for axis, n in sizes.items() if axis.split(".")[-1] == "experts")])
+    if layers*experts > _MOST:
+        raise Refusal(f"this {kind} model would have {layers:,} layers of {experts:,} blocks", f"ask for at most {_MOST:,} in all")
+
 def _expand(family: Family, config: dict, architecture: str) -> tuple[dict[str, Tensor], dict[str, int]]:
     "All tensors of an architecture, in the order of the table, and the sizes of the axes."
     tensors, sizes = _halves(family, config)
-    facts = family.read(config)
+    facts = _facts(family, config)
     true = {k: v for k, v in facts.items() if isinstance(v, (bool, frozenset))}
     sizes |= {k: v for k, v in facts.items() if k not in true}
+    _sensible(sizes, config["model_type"])
     end = family.architectures(config["model_type"])[architecture]
     true |= dict.fromkeys(family.parts[end].split(), True)
     dot = "" if end == "Model" or not family.prefix else family.prefix + "."
@@ -162,6 +182,8 @@ class Layout:
 
     def size(self, axis: str, stack: str = "") -> int:
         "The size of an axis, fused ones added up, in a stack."
+        for a in (a for a in re.split(r"[+&]", axis) if a not in ("one", *self.sizes) and f"{stack}.{a}" not in self.sizes):
+            raise unknown(f"axis of {self.architecture}", a, self.sizes)
         return _size(axis, stack, self.sizes)
     @property
     def layers(self) -> dict[str, int]:
@@ -301,12 +323,13 @@ def family(kind: str,       # a `model_type`
 def _filled(config: Any) -> dict:
     "The config as a dict with its defaults; refused where no table serves it."
     kind = config.get("model_type") if isinstance(config, Mapping) else getattr(config, "model_type", None)
-    if not kind: raise Refusal("the config names no model_type", "is it the config.json of a Hugging Face model?")
+    if not kind or type(kind) is not str: raise Refusal("the config names no model_type", "is it the config.json of a Hugging Face model?")
     family(kind)
     if not isinstance(config, Mapping): return config.to_dict()
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING
-    try: return CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
+    try:
+        with _quiet(): return CONFIG_MAPPING[kind].from_dict(dict(config)).to_dict()
     except (StrictDataclassError, TypeError, ValueError) as e:
         raise Refusal(f"the config of this {kind} model is not valid: {e}", "mend its config.json") from e
 
@@ -317,10 +340,10 @@ def layout(config: Any,                        # a config of transformers, or th
     "The layout of a Hugging Face model, told from its config alone."
     config = _filled(config)
     table, kind = family(config["model_type"]), config["model_type"]
-    named = config.get("architectures") or ()
-    architecture = architecture or (named if isinstance(named, str) else next(iter(named), None))
-    if not architecture: raise Refusal("the config names no architecture", f"give one of {', '.join(table.architectures(kind))}")
-    if architecture not in table.architectures(kind): raise unknown(f"architecture of {kind}", architecture, table.architectures(kind))
+    named = config.get("architectures") or [None]
+    if architecture is None: architecture = named[0] if isinstance(named, list | tuple) else named
+    if architecture is None: raise Refusal("the config names no architecture", f"give one of {', '.join(table.architectures(kind))}")
+    if architecture not in (known := list(table.architectures(kind))): raise unknown(f"architecture of {kind}", architecture, known)
     if config.get("add_cross_attention"):
         raise Refusal(f"a {kind} model with cross-attention has no table of its own", "use it in an encoder-decoder, or bart or t5")
     try:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 from .errors import Refusal, unknown
 from .joint import Joint, portion
-from .layout import Layout, Tensor
+from .layout import Layout, Tensor, family
 
 # %% ../../nbs/core/70_ledger.ipynb #69eb7bb5
 def _tokens(t: Tensor, source: int, target: int | None, asked: int) -> int:
@@ -49,6 +49,12 @@ def _lengths(layout: Layout, source: int, target: int | None) -> None:
     if source < 1 or (target or 1) < 1: raise Refusal("a sequence has at least one token", "give a length of 1 or more")
 
 # %% ../../nbs/core/70_ledger.ipynb #2f00cc9d
+def _places(lay: Layout, stack: str) -> float:
+    "Positions that a text may have in a stack; rotary and relative ones have no end."
+    own = lay.config[stack] if isinstance(lay.config.get(stack), dict) else lay.config
+    if not (rows := lay.sizes.get(f"{stack}.position", lay.sizes.get("position"))): return inf
+    return min(rows - family(own["model_type"]).first_position(own.get("pad_token_id")), own.get("max_position_embeddings") or rows)
+
 class _Walk:
     "Adds up FLOPs on the way through a model from bottom to top; `backward` holds those of the gradients."
     def __init__(self, layout: Layout, frozen: set[str], source: int, target: int | None, asked: int | None = None):
@@ -141,6 +147,9 @@ def _top(w: _Walk, stack: str, x: bool) -> None:
 # %% ../../nbs/core/70_ledger.ipynb #32cfcbcf
 Frozen = str | Iterable[str] | Callable[[Tensor], bool]
 
+def _is_layout(x: Any) -> None:
+    if not isinstance(x, Layout): raise Refusal(f"a {type(x).__name__} is no layout", "make one: layout(model.config, CLASS)")
+
 def _frozen(layout: Layout, frozen: Frozen) -> set[str]:
     "Names of the stored tensors that are frozen."
     if callable(frozen): return {n for n, t in layout.stored().items() if frozen(t)}
@@ -163,6 +172,7 @@ def flops(layout: Layout,
           asked: int | None = None,     # positions at which the head of a model with one stack works; by default all
           ) -> int:                     # FLOPs of one sequence
     "Floating-point operations of the matrix products of one sequence, attention over all pairs."
+    _is_layout(layout)
     if isinstance(layout, Joint):
         asleep = _frozen(layout, frozen)
         sleeps = {s: partial(lambda s, t: layout.whole(s, t).name in asleep, s) for s in layout.parts}
@@ -180,6 +190,7 @@ def describe(layout: Layout,
                                             # where there are experts also active
     "The layout by role, with parameters and FLOPs a token."
     import pandas as pd
+    _is_layout(layout)
     target = target or (source if "decoder" in layout.layers else None)
     rows, costs, sparse = {}, _attentions(layout, source, target), any(t.expert is not None for t in layout.tensors.values())
     _lengths(layout, source, target)
@@ -212,6 +223,7 @@ def units(layout: Layout,
           encoder: bool = True,     # False: it does not run, its outputs are at hand
           ) -> float:               # units of 100,000 steps of a 12-layer stack
     "Training units: steps / 100,000 times layers / 12, summed over the stacks."
+    _is_layout(layout)
     asleep, layers = _frozen(layout, frozen), {}
     for t in layout.stored().values():
         if t.layer is not None and (encoder or t.stack != "encoder"): layers.setdefault((t.stack, t.layer), []).append(t.name in asleep)
@@ -242,6 +254,7 @@ def lineage(cards: Any,         # a card, or several: each with .id, .cost and .
     "The cost of checkpoints with all they came from, each counted once."
     costs = {}
     for card in cards if isinstance(cards, Iterable) else [cards]:
+        if not hasattr(card, "ancestors"): raise Refusal(f"a {type(card).__name__} is no card", "give the card of a checkpoint")
         for key, cost in [(card.id, card.cost), *((k, a.get("cost")) for k, a in card.ancestors.items())]:
             cost = Cost.of(cost)
             if costs.setdefault(key, cost) != cost:
@@ -265,7 +278,9 @@ def crossing(xs: Sequence[float],       # steps, tokens or FLOPs, rising
 # %% ../../nbs/core/70_ledger.ipynb #cdc2d529
 def _column(history: Any, name: str) -> list[float]:
     "A column of a data frame, a dict of lists, or a list of rows."
-    rows = isinstance(history, Sequence)
+    rows = isinstance(history, Sequence) and not isinstance(history, str)
+    if not rows and not hasattr(history, "keys"):
+        raise Refusal(f"a {type(history).__name__} is no history", "give its table: the history of what was trained")
     known = set().union(*history) if rows else set(history.keys())
     if name not in known: raise unknown("column", name, map(str, known))
     return [r.get(name) for r in history] if rows else list(history[name])

@@ -12,17 +12,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from transformers import PreTrainedTokenizerFast
-from transformers.modeling_outputs import BaseModelOutput
 from .corpus import Corpus
+from .memory import given
 from .noise import Draws
 
 # %% ../../nbs/core/79_losses.ipynb #eb82c391
 def _nll(model, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
     "Sum over the asked positions of -log p(label), in nats, float32."
-    given = {k: v for k, v in inputs.items() if k != "labels"}
-    if "encoder_outputs" in given: given["encoder_outputs"] = BaseModelOutput(last_hidden_state=given["encoder_outputs"])
-    if "decoder_input_ids" in given: given["use_cache"] = False   # nothing is generated
-    return F.cross_entropy(model(**given).logits.flatten(0, 1).float(), inputs["labels"].flatten(), reduction="sum")
+    return F.cross_entropy(model(**given(inputs)).logits.flatten(0, 1).float(), inputs["labels"].flatten(), reduction="sum")
 
 def several(model: torch.nn.Module) -> bool:
     "Whether a module brings its own losses."
@@ -44,7 +41,8 @@ def weights(owner: torch.nn.Module, device: torch.device | str = "cpu",
             ) -> torch.Tensor:               # [K]
     "What each loss counts where so much of the training is done; by default in full."
     full, ramp = owner.weights if several(owner) else {"": 1.0}, getattr(owner, "ramp", {})
-    return torch.tensor([w*min(1.0, share/ramp[k]) if k in ramp else w for k, w in full.items()], device=device)
+    now = [w*min(1.0, share/ramp[k]) if k in ramp else w for k, w in full.items()]
+    return torch.stack([torch.full((), float(w), device=device) for w in now])   # made there: a copy would wait for the device
 
 # %% ../../nbs/core/79_losses.ipynb #bf3b17e3
 class _Surprisal(torch.autograd.Function):
@@ -67,23 +65,35 @@ def surprisal(logits: torch.Tensor,     # [N, V], float32; nobody else keeps the
     return _Surprisal.apply(logits, ids)
 
 # %% ../../nbs/core/79_losses.ipynb #53fed998
+_LOGITS = 1 << 30    # that are made at a time at most
+
+def _accelerator(track: str | None = None) -> Accelerator:
+    "The device, its precision, the ranks, and a tracker if one is wanted."
+    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)   # a T4 would only emulate it
+    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no",
+                       log_with=track, project_dir="." if track else None)   # where it writes is told when the address is known
+
 @torch.no_grad()
 def measured(model: torch.nn.Module, corpus: Corpus,
              ask: Callable,                           # an objective
              tokenizer: PreTrainedTokenizerFast,
              sequences: int,                          # so many of the corpus's first
-             batch: int = 32,
-             accelerator: Accelerator | None = None,  # shares the work among its ranks
+             batch: int = 32,                         # or fewer, where the vocabulary is large
+             accelerator: Accelerator | None = None,  # shares the work among its ranks, and has the model; by default a training's
              ) -> dict[str, float]:                   # loss: nats for each asked token, or the weighted sum; and what else a model tells
     "What a model makes of fixed samples, the same whenever it is called."
-    acc, was = accelerator or Accelerator(cpu=not torch.accelerator.is_available()), model.training
-    owner, total, mine = acc.unwrap_model(model), 0, range(acc.process_index * batch, sequences, acc.num_processes * batch)
+    acc, was = accelerator or _accelerator(), model.training
+    if accelerator is None: model.to(acc.device)
+    batch = min(batch, max(1, _LOGITS // (corpus.length * len(tokenizer))))
+    owner, total, stride = acc.unwrap_model(model), 0, acc.num_processes * batch
     model.eval()
-    for first in mine or [0]:   # a rank for which nothing is left adds zeros
+    for round in range(0, sequences, stride):   # so many for each rank: one whose model is cut waits for the others
+        mine = (first := round + acc.process_index * batch) < sequences   # a rank for which nothing is left adds zeros
+        first = first if mine else 0
         packed = corpus.sample(np.arange(first, min(first + batch, sequences)))
         inputs = {k: v.to(acc.device) for k, v in ask(packed, Draws(0, 0, packed.samples), owner.config, tokenizer).items()}
         with acc.autocast(): seen = owner.tally(**inputs) if several(owner) else torch.stack([_nll(model, inputs), *counts(owner, inputs)])
-        total = total + seen.double() * bool(mine)
+        total = total + seen.double() * mine
     model.train(was)
     total = acc.reduce(total)
     if several(owner): return owner.read(total)

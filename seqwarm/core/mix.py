@@ -10,8 +10,8 @@ from functools import cache, wraps
 from pathlib import Path
 from typing import Any
 import torch
-from .checkpoint import Checkpoint, _quiet
-from .errors import Refusal
+from .checkpoint import Checkpoint
+from .errors import Refusal, _quiet
 from .layout import layout
 
 # %% ../../nbs/core/21_mix.ipynb #5e6d9935

@@ -22,6 +22,7 @@ from .noise import Draws, cut, pieces, poisson
 class _Masks(dict):
     "A mask for each kind of layer, which goes to a device as one tensor does."
     def to(self, *args, **options) -> "_Masks": return _Masks({k: v.to(*args, **options) for k, v in self.items()})
+    def pin_memory(self) -> "_Masks": return _Masks({k: v.pin_memory() for k, v in self.items()})
 
 def _masks(mask: torch.Tensor, config: PreTrainedConfig, causal: bool) -> torch.Tensor | _Masks:
     "The mask [B, 1, S, S] as the model's attention wants it, windows put in."
@@ -46,7 +47,7 @@ def _inputs(packed: Packed, ids: np.ndarray, labels: np.ndarray, config: PreTrai
     if not table.packs: raise Refusal(f"a {config.model_type} model cannot keep packed documents apart", "train it by mlm?rows=whole")
     segments = torch.from_numpy(packed.segments)
     mask = segments[:, None, :, None] == segments[:, None, None, :]
-    if causal: mask = mask.tril()
+    if causal: mask &= torch.ones(mask.shape[2:], dtype=torch.bool).tril()   # a whole mask's own tril takes three times as long
     mask, first = _masks(mask, config, causal), table.first_position(config.pad_token_id)
     return batch | dict(attention_mask=mask, position_ids=torch.from_numpy(packed.positions + first))
 

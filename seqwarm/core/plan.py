@@ -153,8 +153,13 @@ def _check(self: Plan,
     if sources is not None: _check_sources(self, sources, wanted)
     return self
 
+def _by_name(sources: Any) -> None:
+    if not isinstance(sources, Mapping):
+        raise Refusal(f"the sources of a plan cannot be a {type(sources).__name__}", "give them by name: {'source': checkpoint}")
+
 def _check_sources(self: Plan, sources: Mapping[str, Any], wanted: dict) -> None:
     "Every source tensor exists, has the right shape where it is copied, and is used or dropped."
+    _by_name(sources)
     used = {s for r in self.rows for s in r.sources}
     there = {f"{alias}:{n}" for alias, source in sources.items() for n in source.names}
     for s in sorted(used - there):
@@ -189,6 +194,8 @@ def _options(op: str) -> set[str]:
 def _ready(self: Plan, r: Row, sources: Mapping[str, Any]) -> Callable[..., torch.Tensor]:
     "What makes the tensor of one row, or some rows of it, in the dtype of its first source."
     f, shape, options = OPS[r.op], self.layout.tensors[r.target].shape, _options(r.op)
+    _by_name(sources)
+    if lost := {s.split(":", 1)[0] for s in r.sources} - sources.keys(): raise unknown("source", min(lost), sources)
     tensors = [sources[alias].read(n) for alias, n in (s.split(":", 1) for s in r.sources)]
     given = dict(shape=shape, seed=seed_for(self.seed, r.target), name=r.target, memo={})
     given = {k: v for k, v in given.items() if k in options} | r.args | {k: self.arrays[key] for k, key in r.arrays.items()}

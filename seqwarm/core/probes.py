@@ -19,8 +19,8 @@ from accelerate import PartialState
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
-from .checkpoint import Checkpoint, _folder, _json, _own_code, _places, _quiet, _weights_fingerprint
-from .errors import Refusal, number, unknown
+from .checkpoint import Checkpoint, _folder, _json, _own_code, _places, _weights_fingerprint
+from .errors import Refusal, _quiet, number, unknown
 from .examples import Examples, examples, spans
 from .files import fingerprint, write_whole
 from .heads import Coded, body, coder, encode, greedy, room, with_head
@@ -78,6 +78,8 @@ class Probe:
                                          *(("lr", rate, 1e-12, float) for rate in self.rates)]:
             number(f"{what} of the probe {self.name}", value, least, kind)
         if not self.tests: raise Refusal(f"the probe {self.name} has no tests", "give it at least one set to be measured on")
+        if not isinstance(self.tests, Mapping):
+            raise Refusal(f"tests of the probe {self.name} cannot be {self.tests!r}", "give each set a name: {'en': STRING}")
         if len(self.rates) > 1 and not self.valid:
             raise Refusal(f"the probe {self.name} has several learning rates", "say by which `valid` data to choose")
         for m in self.metrics:
@@ -237,6 +239,7 @@ def probe(model: str | Path | Checkpoint,   # a checkpoint, its folder, or a nam
           seed: int = 0,
           ) -> pd.DataFrame:                # a row a test set and metric; `value` in percent, `cut` the texts that were too long
     "Teach a model a task and measure it, or find that done."
+    if not isinstance(task, Probe): raise Refusal(f"the task of a probe cannot be {task!r}", "give a Probe(NAME, TRAIN, TESTS)")
     if number("seed", seed) >= 1 << 32: raise Refusal(f"seed cannot be {seed}", f"give one below {1 << 32}")
     folder = _folder(getattr(model, "path", model)); config = _json(folder/"config.json")
     _own_code(config, folder)

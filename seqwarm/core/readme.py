@@ -66,7 +66,7 @@ def readme(card: Card,                    # sealed
            ) -> str:
     "The text of a checkpoint's README.md."
     kind, made = config.get("model_type", ""), (card.plan or {}).get("operations", {})
-    what = f"A {kind} model, made by seqwarm {seqwarm.__version__}, recipe `{card.recipe}`."
+    what = f"{'An' if kind[:1] in 'aeio' else 'A'} {kind} model, made by seqwarm {seqwarm.__version__}, recipe `{card.recipe}`."
     if made:
         each = ", ".join(f"{op} {n['tensors']}" for op, n in made.items())
         what += f" Its tensors came about by these operations: {each}; `plan.json` tells the origin of each."

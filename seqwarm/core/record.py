@@ -13,10 +13,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
+from plotly.offline import get_plotlyjs
 import seqwarm
 from .errors import Refusal
 from .figures import page
 from .files import Lock, write_whole
+from .store import mine, place
 
 # %% ../../nbs/core/97_record.ipynb #633f0312
 def environment() -> dict[str, Any]:
@@ -40,19 +42,22 @@ class Run:
     def __init__(self, recipe: str,
                  parameters: dict[str, Any],     # all that the notebook's parameter cell sets
                  name: str, runs: str = "runs"):
-        self.recipe, self.parameters, self.folder, self.store = recipe, parameters, Path(runs)/name, Path(runs)/"store"
+        self.recipe, self.parameters, self.folder, self.store = recipe, parameters, Path(runs)/name, place(runs)
         self.main = int(os.environ.get("RANK", 0)) == 0     # of several ranks one writes
         self.lock, self.begun, self.figures = Lock(self.folder) if self.main else None, time.time(), {}
+        mine(self.folder, self.store)
         if self.main and (old := self.folder/"record.json").exists(): old.unlink()   # not finished, as long as it runs
 
     def figure(self, name: str, fig: go.Figure, caption: str) -> go.Figure:
         "Keep a figure in `figures/`; gives it back, to be shown."
         self.figures[name] = (fig, caption)
         if self.main:
-            (self.folder/"figures").mkdir(exist_ok=True)
-            fig.write_html(self.folder/"figures"/f"{name}.html", include_plotlyjs="directory")
-            try: fig.write_image(self.folder/"figures"/f"{name}.svg")
-            except (ValueError, ImportError, RuntimeError): pass    # static images come with the `figures` extra
+            place = self.folder/"figures"
+            write_whole(place/f"{name}.html", fig.to_html(include_plotlyjs="directory"))
+            if not (script := place/"plotly.min.js").exists(): write_whole(script, get_plotlyjs())
+            try: image = fig.to_image("svg")
+            except (ValueError, ImportError, RuntimeError): return fig    # static images come with the `figures` extra
+            write_whole(place/f"{name}.svg", image)
         return fig
 
     def keep(self, name: str, checkpoint: str | Path) -> None:
@@ -60,7 +65,8 @@ class Run:
         if not self.main: return
         link = self.folder/"checkpoints"/name
         link.parent.mkdir(exist_ok=True); link.unlink(missing_ok=True)
-        link.symlink_to(os.path.relpath(checkpoint, link.parent), target_is_directory=True)
+        way = os.path.relpath(Path(checkpoint).resolve(), link.parent.resolve())    # `runs` may be a link
+        link.symlink_to(way, target_is_directory=True)
 
 # %% ../../nbs/core/97_record.ipynb #4b336b6d
 def _plain(thing: Any) -> Any:
@@ -82,7 +88,7 @@ def close(run: Run,
           ) -> Path | None:           # the page
     "Write what a run found, the record last, and let the folder go."
     if not run.main: return None
-    metrics.to_parquet(run.folder/"metrics.parquet", index=False)
+    write_whole(run.folder/"metrics.parquet", metrics.to_parquet(index=False))
     made = environment()
     write_whole(run.folder/"page.html", page(f"{run.recipe}: {run.folder.name}", [
         lines, table, *reversed(run.figures.values()),

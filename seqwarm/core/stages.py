@@ -37,6 +37,8 @@ class Stage:
 
     def __post_init__(self):
         if isinstance(self.frozen, str): object.__setattr__(self, "frozen", (self.frozen,))
+        if not isinstance(self.frozen, (tuple, list)) or not all(isinstance(w, str) for w in self.frozen):
+            raise Refusal(f"frozen of a stage cannot be {self.frozen!r}", "name roles, such as ('embed', 'attn'), or leave it out")
         object.__setattr__(self, "rates", tuple(map(tuple, dict(self.rates).items())))
         for word, factor in self.rates:
             if number(f"the rate of {word!r}", factor, 0, float) == 0:

@@ -6,9 +6,9 @@
 __all__ = ['costs', 'Stopped', 'Trained', 'train']
 
 # %% ../../nbs/core/80_train.ipynb #4234af45
-import json, logging, math, shutil, signal, threading, time
+import json, signal, threading, time
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,23 +16,29 @@ import pandas as pd
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.tracking import LoggerType, get_available_trackers
+from accelerate.utils import broadcast_object_list
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerFast
 from .. import __version__
 from .adam import MOMENTS, Moments, remembered
+from .card import intact
 from .checkpoint import Card
 from .corpus import Corpus
-from .errors import Refusal, number, unknown
-from .feed import Feed, held, keep, keeping, weights_fingerprint
-from .files import fingerprint, whole_folder, write_whole
+from .errors import Refusal, number
+from .feed import Feed, _check_kinds, held, keep, keeping, weights_fingerprint
+from .files import fingerprint, write_whole
 from .guard import Guard
 from .joint import Joint
-from .layout import Layout, family, layout
-from .ledger import Cost, flops, units
-from .losses import counts, measured, several, sums, weights
+from .layout import Layout, layout
+from .ledger import Cost, _places, flops, units
+from .losses import _accelerator, counts, measured, several, sums, weights
+from .memory import thrifty
 from .objectives import OBJECTIVES, _asked, objective, shape
+from .sharded import agreed, check_sharded, clip, gathered
 from .stages import Chain, Stage, asleep, chains, hand_over, optimizer, set_rates
+from .state import State
+from .store import keeps, used
+from .trackers import begin as begin_tracker, tracker
 from .vocab import tokenizer_fingerprint
 from .write import save
 
@@ -50,35 +56,6 @@ def costs(lay: Layout, stage: Stage,
     forward = flops(lay, S, T, train=False) - flops(lay, S, T, train=False, encoder=False)
     asleep = units(lay, 1, stage.frozen) - units(lay, 1, stage.frozen, encoder=False)
     return step, Cost(0, stage.repeat * batch * forward, stage.repeat * asleep)
-
-# %% ../../nbs/core/80_train.ipynb #19aa8b99
-class _State:
-    "The states of one training, in `folder/state-000000123`: whole or not there."
-    def __init__(self, folder: Path, acc: Accelerator): self.folder, self.acc = folder, acc
-
-    def newest(self) -> Path | None: return max(self.folder.glob("state-*"), default=None)
-
-    def sweep(self, *patterns: str) -> None:
-        for old in (p for pattern in patterns for p in self.folder.glob(pattern)): shutil.rmtree(old) if old.is_dir() else old.unlink()
-
-    def keep(self, book: dict) -> None:
-        "Write the state of now, then drop the older ones."
-        acc, target = self.acc, self.folder/f"state-{book['step']:09d}"
-        if acc.num_processes == 1:
-            with whole_folder(target) as tmp: self._write(tmp, book)
-        else:  # every rank writes its part into one passing folder
-            tmp = self.folder/f".{target.name}.part"
-            self._write(tmp, book); acc.wait_for_everyone()
-            if acc.is_main_process: tmp.rename(target)
-        if acc.is_main_process:
-            for old in self.folder.glob("state-*"):
-                if old != target: shutil.rmtree(old)
-        acc.wait_for_everyone()
-
-    def _write(self, tmp: Path, book: dict) -> None:
-        logging.getLogger("accelerate.utils.other").setLevel(logging.ERROR)  # it would tell of tied weights each time
-        self.acc.save_state(str(tmp))
-        if self.acc.is_main_process: write_whole(tmp/"book.json", book)
 
 # %% ../../nbs/core/80_train.ipynb #d64e3d0f
 class Stopped(RuntimeError):
@@ -113,10 +90,10 @@ class _Halt:
 class _Loop:
     "One training under way: what it reads, how it cuts its batches, and its book."
     model: torch.nn.Module; tokenizer: PreTrainedTokenizerFast; corpus: Corpus; valid: Corpus
-    acc: Accelerator; lay: Layout; state: _State; bar: tqdm; book: dict
+    acc: Accelerator; lay: Layout; state: State; bar: tqdm; book: dict
     batch: int; accumulate: int; seed: int; every: int; save_every: int; sequences: int; compile: bool; keep_bytes: float
     halt: _Halt
-    guard: Guard | None = None; moments: Moments | None = None; keep_moments: bool = False
+    guard: Guard | None = None; moments: Moments | None = None; keep_moments: bool = False; thrift: tuple[bool, bool] = (False, False)
 
     def update(self, model, optimizer, feed: Feed, step: int, rates: list[float]) -> tuple[torch.Tensor, torch.Tensor]:
         "One step, at the rates of what woke in each stage; the mean loss (nats) and the gradient's norm, on the device."
@@ -130,7 +107,7 @@ class _Loop:
                 found = sums(model, self.model, part)
                 acc.backward((found * acc.num_processes / asked * weight).sum())
             total += found.detach()
-        norm = acc.clip_grad_norm_([p for g in optimizer.param_groups for p in g["params"]], 1.0)
+        norm = clip(acc, self.model, optimizer)
         loss = (acc.reduce(total) / asked * full).sum()
         set_rates(optimizer, rates)
         if self.guard is None or self.guard.good(step, loss, norm): optimizer.step()
@@ -152,19 +129,19 @@ class _Loop:
 
 # %% ../../nbs/core/80_train.ipynb #1d86499e
 def _look(loop: _Loop, losses: list[torch.Tensor], norm: torch.Tensor, lr: float) -> None:
-    "Read the losses since the last measurement into the book; refuse to go on with what is no number."
-    book = loop.book
-    book["recent"], norm = torch.stack(losses).tolist() if losses else [], norm.item()
-    bad = np.flatnonzero(~np.isfinite(book["recent"]))
+    "Read the losses since the last look into the book, as numbers; refuse to go on with what is none."
+    book, new, norm = loop.book, torch.stack(losses).tolist() if losses else [], norm.item()
+    book["recent"] += new; losses.clear()
+    bad = np.flatnonzero(~np.isfinite(new))
     if not bad.size and (loop.guard or np.isfinite(norm)): return
-    what, i = (f"loss became {book['recent'][bad[0]]}", bad[0]) if bad.size else (f"gradient became {norm}", len(losses) - 1)
-    raise Refusal(f"the {what} in step {book['step'] - len(losses) + i} (learning rate {lr:.2g}, gradient norm now {norm:.3g})",
+    what, i = (f"loss became {new[bad[0]]}", bad[0]) if bad.size else (f"gradient became {norm}", len(new) - 1)
+    raise Refusal(f"the {what} in step {book['step'] - len(new) + i} (learning rate {lr:.2g}, gradient norm now {norm:.3g})",
                   "lower the learning rate; the last good state is kept")
 
 def _steps(loop: _Loop, model, optimizer, feed: Feed, end: int, rates: Callable[[int], list[float]], cost: Cost) -> None:
     "The steps of a stage that are still to do, up to the number `end`."
     book, ask, tokens = loop.book, objective(feed.stage.objective), cost.tokens
-    losses = [torch.tensor(x, device=loop.acc.device) for x in book["recent"]]   # since the last measurement
+    losses = []     # since the last look, on the device
     model.train(); since, fresh = time.perf_counter(), 0
     while book["step"] < end:
         loss, norm = loop.update(model, optimizer, feed, book["step"], lr := rates(book["step"]))
@@ -179,12 +156,23 @@ def _steps(loop: _Loop, model, optimizer, feed: Feed, end: int, rates: Callable[
         if loop.guard and loop.guard.skipped: told.append(f"{loop.guard.skipped} skipped")
         loop.bar.set_postfix_str(", ".join(told), refresh=False)
         loop.bar.update(fresh)
-        if row: loop.measure(ask, float(np.mean(book["recent"])) if losses else None, lr[0]); losses, book["recent"] = [], []
+        if row: loop.measure(ask, float(np.mean(book["recent"])) if book["recent"] else None, lr[0]); book["recent"] = []
         if save_now or halted: loop.state.keep(book)
         if halted: loop.halt.stop(book["step"])
         since, fresh = time.perf_counter(), 0
 
 # %% ../../nbs/core/80_train.ipynb #d06f6427
+_HUNG = "forward", "_original_forward", "_is_accelerate_prepared"    # by accelerate on what it prepares
+
+@contextmanager
+def _anew(model: torch.nn.Module):
+    "For a block: accelerate prepares a model, and afterwards finds it as it was."
+    was = {name: vars(model)[name] for name in _HUNG if name in vars(model)}
+    try: yield
+    finally:
+        for name in _HUNG: vars(model).pop(name, None)
+        vars(model).update(was)
+
 def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
     "A stage of a chain, whose first step has the number `begin`, after the optimizer of the stage `before`; its own comes back."
     acc, book, stage = loop.acc, loop.book, chain.stages[at]
@@ -193,7 +181,7 @@ def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
     if loop.guard and book["step"] == begin: loop.guard.afresh()
     feed = Feed(stage, begin, loop.corpus, loop.tokenizer, loop.model.config, acc, loop.batch, loop.accumulate, loop.seed, over)
     adamw = optimizer(loop.model, loop.lay, chain, at)
-    with asleep(loop.model):
+    with asleep(loop.model), thrifty(loop.model, *loop.thrift), _anew(loop.model):
         model, adamw = acc.prepare(torch.compile(loop.model) if loop.compile else loop.model, adamw)
         if before: hand_over(before, adamw)
         elif loop.moments and begin == 0: loop.moments.into(adamw, loop.model, loop.lay)
@@ -204,7 +192,8 @@ def _run_stage(loop: _Loop, chain: Chain, at: int, begin: int, before):
             if book["step"] == begin: book["cost"] = (Cost(**book["cost"]) + once + Cost(seconds=seconds)).as_dict()
         rates = lambda step: [chain.lr_at(step - over[0], woke) for woke in range(at + 1)]
         _steps(loop, model, adamw, feed, begin + stage.steps, rates, cost)
-        acc.unwrap_model(model, keep_fp32_wrapper=False, keep_torch_compile=False); acc.free_memory()
+        acc.free_memory()
+        if loop.compile: torch.compiler.reset()
     return adamw
 
 # %% ../../nbs/core/80_train.ipynb #e589f739
@@ -219,12 +208,6 @@ class Trained:
     def card(self) -> Card: return Card.load(self.path)
 
 # %% ../../nbs/core/80_train.ipynb #144f5b77
-def _places(lay: Layout, stack: str) -> float:
-    "Positions that a text may have in a stack; rotary and relative ones have no end."
-    own = lay.config[stack] if isinstance(lay.config.get(stack), dict) else lay.config
-    if not (rows := lay.sizes.get(f"{stack}.position", lay.sizes.get("position"))): return math.inf
-    return min(rows - family(own["model_type"]).first_position(own.get("pad_token_id")), own.get("max_position_embeddings") or rows)
-
 def _check_stage(lay: Layout, stage: Stage, corpora: tuple[Corpus, ...], batch: int, keep_bytes: float) -> None:
     "Refuse a stage that this model cannot do with these corpora."
     lay.select(stage.frozen); lay.select(word for word, _ in stage.rates)   # misspelt roles, also of a stage that comes late
@@ -253,16 +236,6 @@ def _check(lay: Layout, tokenizer, corpora: tuple[Corpus, ...], stages: list[Sta
         raise Refusal(f"the tokenizer has {len(tokenizer)} tokens, the model rows for {rows}", "give the model its own tokenizer")
     for stage in stages: _check_stage(lay, stage, corpora, counts["batch"], keep_bytes)
 
-def _accelerator(track: str | None) -> Accelerator:
-    "The device, its precision, the ranks, and a tracker if one is wanted."
-    known = {t.value: t for t in LoggerType if t != LoggerType.ALL}
-    if track and track not in known: raise unknown("tracker", track, known)
-    if track and known[track] not in get_available_trackers():   # accelerate would warn and log nothing
-        raise Refusal(f"{track} is not installed", f"pip install {track}, or train without `track`")
-    bf16 = torch.cuda.is_available() and torch.cuda.is_bf16_supported(including_emulation=False)   # a T4 would only emulate it
-    return Accelerator(cpu=not torch.accelerator.is_available(), mixed_precision="bf16" if bf16 else "no",
-                       log_with=track, project_dir="." if track else None)   # where it writes is told when the address is known
-
 # %% ../../nbs/core/80_train.ipynb #b7a96ffd
 @contextmanager
 def _held(folder: Path, acc: Accelerator):
@@ -272,6 +245,15 @@ def _held(folder: Path, acc: Accelerator):
         finally:
             for tracker in acc.trackers: tracker.finish()   # acc.end_training would part the ranks for good
 
+def _found(done: Path, acc: Accelerator) -> bool:
+    "Whether a training is finished, as the first rank sees it."
+    return broadcast_object_list([done.exists()])[0]
+
+def _clear(state: State, steps: int) -> None:
+    "Remove what a kill after the end of a training left, unless somebody is at it."
+    if state.litter() or (state.folder/f"state-{steps:09d}").exists():
+        with suppress(Refusal), held(state.folder): state.end(steps); state.clear()
+
 def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[dict], Card]) -> None:
     "What is still to do of a training, up to its finished checkpoint."
     begin = 0
@@ -280,11 +262,12 @@ def _run_stages(loop: _Loop, stages: list[Stage], done: Path, card: Callable[[di
         for at, stage in enumerate(chain.stages):
             if begin + stage.steps >= loop.book["step"]: before = _run_stage(loop, chain, at, begin, before)
             begin += stage.steps
+    weights = gathered(loop.acc, loop.model)
     if loop.acc.is_main_process:
         write_whole(loop.state.folder/"history.json", loop.book["rows"])
         extra = {MOMENTS: remembered(loop.model, loop.lay, before)} if loop.keep_moments else None
-        save(loop.model, loop.tokenizer, done, card(loop.book["cost"]), extra)
-        loop.state.sweep("state-*")
+        save(loop.model, loop.tokenizer, done, card(loop.book["cost"]), extra, weights)
+        loop.state.end(loop.book["step"])
     loop.acc.wait_for_everyone()
 
 # %% ../../nbs/core/80_train.ipynb #78bed385
@@ -303,39 +286,48 @@ def train(model: torch.nn.Module,    # of transformers, or one that brings its l
           sequences: int = 64,                    # of the validation corpus, at each measurement
           keep_bytes: float = 4e9,                # on disk, that a stage's kept encoder outputs may take
           compile: bool = False,                  # torch.compile
-          track: str | None = None,               # 'tensorboard' or another of accelerate's trackers
+          chunked: bool = False, checkpointing: bool = False,   # never all logits; layers computed twice: see core.memory
+          track: str | None = None,               # tensorboard, trackio, wandb, ...: see core.trackers; by default SEQWARM_TRACK
           guard: float | None = None,             # times the usual gradient norm, above which an update is skipped, see core.guard
           moments: str | Path | None = None,      # folder of a checkpoint whose moments the first stage begins with, see core.adam
           keep_moments: bool = False,             # beside the checkpoint: what the last stage's optimizer remembers
+          keep: int | None = None,                # newest checkpoints that stay, see core.store; SEQWARM_KEEP, or 1
           ) -> Trained:
     "Train a model through its stages, or find it trained."
-    acc, steps, joint = _accelerator(track), sum(s.steps for s in stages), several(model)
+    _check_kinds(model, tokenizer, (corpus, valid), stages)
+    acc, steps, joint = _accelerator(track := tracker(track)), sum(s.steps for s in stages), several(model)
     lay = model.layout if joint else layout(model.config, type(model).__name__)
     every = max(1, round(steps / 50)) if every is None else every
     if lay.find("cross.mix") and lay.one("cross.mix").name not in dict(model.named_parameters()):
         raise Refusal("the config says layer_mix, and the model has no mix", "open the checkpoint by core.mix.opened")
-    begin = None if moments is None else Moments(moments)
+    begin, most, thrift = None if moments is None else Moments(moments), keeps(keep), (chunked, checkpointing)
+    thrifty(model, *thrift)   # refuses what can't be
     if begin: begin.check(lay)
     _check(lay, tokenizer, (corpus, valid), stages, acc.num_processes, seed, keep_bytes, batch=batch, accumulate=accumulate,
            every=every, save_every=save_every, sequences=sequences)
+    check_sharded(acc, moments=begin, keep_moments=keep_moments, keep=any(s.keep for s in stages), losses_of_its_own=joint)
     key = fingerprint([weights_fingerprint(model), model.told if joint else model.config.to_dict(), tokenizer_fingerprint(tokenizer),
                        corpus.fingerprint, valid.fingerprint, [s.told for s in stages], [c.id for c in parents], recipe,
                        batch, accumulate, seed, every, sequences, compile,
                        acc.device.type, torch.__version__, transformers.__version__, __version__,
                        *([] if guard is None else [Guard(guard).factor]),
-                       *(["moments", begin.fingerprint] if begin else []), *(["keep_moments"] if keep_moments else [])])
-    folder = Path(store)/key; done = folder/"model"
-    if not done.exists():
+                       *(["moments", begin.fingerprint] if begin else []), *(["keep_moments"] if keep_moments else []),
+                       *[word for word, asked in zip(("chunked", "checkpointing"), thrift) if asked]])
+    folder = Path(store)/agreed(acc, key); done = folder/"model"
+    config = None if joint else type(model.config).from_dict(model.config.to_dict() | {"architectures": [type(model).__name__]})
+    state, first = State(folder, acc, most, config), acc.is_main_process
+    home = used(folder, name)
+    if _found(done, acc):
+        if first: intact(done, f"remove {folder}, and it is trained again"); _clear(state, steps)
+    else:
         with _held(folder, acc), _Halt(acc) as halt:
-            state, book = _State(folder, acc), dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
-            if acc.is_main_process: state.sweep(".*.part")   # what a kill left behind
-            if newest := state.newest(): book = json.loads((newest/"book.json").read_text())
-            watch = None if guard is None else Guard(guard, book.setdefault("guard", {}))
-            if track:
-                acc.project_configuration.logging_dir = str(folder/"log")
-                acc.init_trackers(name, config={"seed": seed, "batch": batch})
-            with tqdm(total=steps, initial=book["step"], desc=name, unit="step", disable=not acc.is_main_process, mininterval=0.5) as bar:
-                loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book,
-                             batch, accumulate, seed, every, save_every, sequences, compile, keep_bytes, halt, watch, begin, keep_moments)
-                _run_stages(loop, stages, done, lambda cost: Card.child(name, recipe, list(parents), cost))
+            if first: state.clear()
+            if not _found(done, acc):   # before it was held, another may have ended it
+                book = state.book() or dict(step=0, rows=[], recent=[], cost=Cost(0, 0, 0, 0).as_dict())
+                watch = None if guard is None else Guard(guard, book.setdefault("guard", {}))
+                if track: begin_tracker(acc, name, recipe, folder.name, home or folder, seed=seed, batch=batch, steps=steps)
+                with tqdm(total=steps, initial=book["step"], desc=name, unit="step", mininterval=0.5, disable=not first) as bar:
+                    loop = _Loop(model, tokenizer, corpus, valid, acc, lay, state, bar, book, batch, accumulate, seed,
+                                 every, save_every, sequences, compile, keep_bytes, halt, watch, begin, keep_moments, thrift)
+                    _run_stages(loop, stages, done, lambda cost: Card.child(name, recipe, list(parents), cost))
     return Trained(done, pd.DataFrame(json.loads((folder/"history.json").read_text())))

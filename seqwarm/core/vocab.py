@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
+from typing import Any
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from .errors import Refusal, number, unknown
@@ -31,7 +32,7 @@ def train_tokenizer(texts: Iterable[str],    # read once, in order
     least = len(_SPECIALS) + (256 if kind == "bpe" else 1) + len(extra)
     if number("size", size) < least: raise Refusal(f"a {kind} vocabulary of {size} tokens is too small", f"ask for at least {least}")
     if isinstance(texts, str): texts = [texts]
-    texts = iter(texts)
+    texts = map(_text, _text(texts, Iterable))
     first = next((t for t in texts if t and not t.isspace()), None)
     if first is None: raise Refusal("there is no text to learn a vocabulary from", "give at least one text that is not blank")
     core = (_bpe if kind == "bpe" else _unigram)(chain([first], texts), size - len(extra))
@@ -40,6 +41,11 @@ def train_tokenizer(texts: Iterable[str],    # read once, in order
     core.add_special_tokens([*_SPECIALS.values(), *extra])
     named = {f"{role}_token": token for role, token in _SPECIALS.items()} | ({"extra_special_tokens": extra} if extra else {})
     return PreTrainedTokenizerFast(tokenizer_object=core, cls_token="<s>", sep_token="</s>", clean_up_tokenization_spaces=False, **named)
+
+def _text(x: Any, kind: type = str) -> Any:
+    "A text, or several, as they came."
+    if isinstance(x, kind): return x
+    raise Refusal(f"a vocabulary cannot be learned from a {type(x).__name__}", "give texts, each a string")
 
 def _bpe(texts: Iterable[str], size: int) -> Tokenizer:
     "Byte-level BPE; its trainer breaks ties by id, so it needs no help to be deterministic."
@@ -105,6 +111,7 @@ _FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "vocab.txt",
 def load_tokenizer(path: str | Path,      # a folder with a tokenizer, or a name on the hub
                    ) -> PreTrainedTokenizerFast:
     "The tokenizer of a checkpoint; never runs code of the repository."
+    if not isinstance(path, (str, Path)): raise Refusal(f"no tokenizer is loaded from a {type(path).__name__}", "give a folder or a name")
     folder = Path(path)
     if folder.is_dir(): _inspect(folder)
     elif folder.exists() or str(path).startswith(("/", ".", "~")):
@@ -138,7 +145,8 @@ def _inspect(folder: Path):
     for name in there:
         if not name.endswith(".json"): continue
         try: content = json.loads((folder/name).read_text(encoding="utf-8"))
-        except ValueError as e: raise Refusal(f"{folder/name} is not readable JSON", "save or download the tokenizer again") from e
+        except (ValueError, OSError, RecursionError) as e:
+            raise Refusal(f"{folder/name} is not readable JSON", "save or download the tokenizer again") from e
         if not isinstance(content, dict): raise Refusal(f"{folder/name} holds no JSON object", "save or download the tokenizer again")
     models = [name for name in there if name.endswith(".model")]
     if not models or set(there) & {"tokenizer.json", "vocab.json", "vocab.txt"}: return

@@ -16,13 +16,14 @@ import torch
 import xxhash
 from safetensors.torch import save_file
 from tqdm import tqdm
-from .card import Card, checksums
-from .checkpoint import Checkpoint, _quiet, finite, head
-from .errors import Refusal
-from .files import file_fingerprint, fingerprint, room, whole_folder, write_whole
+from .card import Card, _spoilt, checksums, intact
+from .checkpoint import Checkpoint, finite, head
+from .errors import Refusal, _quiet
+from .files import clear_up, file_fingerprint, fingerprint, room, whole_folder, write_whole
 from .mix import mixing
 from .plan import Plan, Row
 from .readme import readme
+from .store import used
 
 # %% ../../nbs/core/22_write.ipynb #98012b9b
 def _dtype(plan: Plan, row: Row, sources: Mapping[str, Any]) -> torch.dtype:
@@ -146,6 +147,13 @@ def _config(plan: Plan, dtypes: Iterable[torch.dtype]):
 
 # %% ../../nbs/core/22_write.ipynb #92e24d86
 _ROOM = 1 << 24   # bytes, for what lies beside the weights
+_HASHED = 1 << 30   # bytes of a source's weights that are compared with its card each time
+
+def _unlike(sources: Iterable[Any]) -> list[str]:
+    "What to say of sources that were made here and are not as they were written: who trained on elsewhere looks like a flipped bit."
+    made = [s.path for s in sources if isinstance(s, Checkpoint) and (s.path/"seqwarm.json").exists()]
+    wrong = {p: _spoilt(p, _HASHED) for p in made}
+    return [f"seqwarm: note: {p} is not as its card says ({'; '.join(w)}): changed since, or damaged" for p, w in wrong.items() if w]
 
 def write(plan: Plan,
           sources: Mapping[str, Checkpoint],          # alias -> checkpoint
@@ -160,6 +168,7 @@ def write(plan: Plan,
         if Path(name).name != name: raise Refusal(f"{name!r} cannot be the name of a file", "give a name without a folder")
     with whole_folder(out) as tmp:
         plan.check(sources)
+        notes = _unlike(sources.values())
         dtypes = {r.target: _dtype(plan, r, sources) for r in plan.rows}
         files = _deal(plan, sources, dtypes, shard)
         heads = [head((r.target, dtypes[r.target], plan.layout.tensors[r.target].shape) for r, _ in f) for f in files]
@@ -174,6 +183,7 @@ def write(plan: Plan,
                 card = Card.child(Path(out).name, plan.recipe, parents, plan=plan.summary())
             for future in there: future.result()
         _sign(card, tmp, dict(zip(_names(len(files)), hashes)))
+    for note in notes: print(note, file=sys.stderr)
     return Checkpoint(out)
 
 def _beside_the_weights(plan: Plan, config: Any, tokenizer: Any, extra: Mapping[str, Any], folder: Path) -> None:
@@ -217,8 +227,10 @@ def write_once(plan: Plan,
     from accelerate import PartialState
     parents = [c.card for c in sources.values()]
     out = Path(store)/f"start-{fingerprint([plan.fingerprint, *(c.id for c in parents)])}"
+    used(out, f"{name}, as it begins")
     with PartialState().main_process_first():   # of several ranks one writes
-        if not out.exists(): write(plan, sources, out, tokenizer, Card.child(name, recipe, parents, plan=plan.summary()))
+        if out.exists(): intact(out, "remove it, and it is written again"); clear_up(out.parent, out.name)
+        else: write(plan, sources, out, tokenizer, Card.child(name, recipe, parents, plan=plan.summary()))
     return Checkpoint(out)
 
 # %% ../../nbs/core/22_write.ipynb #bcdec0f7
@@ -243,13 +255,14 @@ def save(model: torch.nn.Module,             # of transformers, unwrapped
          out: str | Path,                    # the new folder
          card: Card,                         # sealed here
          extra: Mapping[str, Mapping[str, torch.Tensor]] | None = None,   # further files of tensors
+         whole: Mapping[str, torch.Tensor] | None = None,    # its weights, where the model itself holds but parts
          ) -> Checkpoint:                    # what was written
     "Write a trained model with tokenizer and card, and in folders inside what was trained with it; the folder is whole, or not there."
     with whole_folder(out) as tmp:
         for name, tensors in (extra or {}).items(): save_file(tensors, tmp/name)
         for name, part in (model.saved() if hasattr(model, "saved") else {"": model}).items():
             folder = tmp/name
-            with _quiet(): part.save_pretrained(folder)
+            with _quiet(): part.save_pretrained(folder, **({} if whole is None else {"state_dict": whole}))
             _tokenizer(tokenizer, part.config.model_type, folder)
             card = Card.child(name, card.recipe, [card]) if name else card   # what all took together is the first one's cost
             card = _sign(card, folder, {f.name: file_fingerprint(f) for f in sorted(folder.glob("model*.safetensors"))})

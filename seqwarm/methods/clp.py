@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 import torch
 from torch import Tensor
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, _open
 from ..core.errors import Refusal, number, unknown
 from ..core.overlap import Overlap, overlap, spell
 from ..core.plan import Plan, Row, operation
@@ -76,7 +76,10 @@ def _options(method: str, given: dict[str, Any]) -> dict[str, Any]:
     if method not in METHODS: raise unknown("method of transfer", method, METHODS)
     known = METHODS[method].options
     for name, value in given.items():
-        if name not in known: raise unknown(f"option of {method}", name, known or {"(none)"})
+        if name not in known:
+            has = ", ".join(m for m, x in METHODS.items() if name in x.options)
+            if has: raise Refusal(f"{method} has no {name}", f"leave it out, or take a method that has one: {has}")
+            raise unknown("option of a method", name, {o for x in METHODS.values() for o in x.options})
         if not (name == "top_k" and value is None): number(name, value, *_LEAST[name])
     return known | given
 
@@ -94,7 +97,7 @@ def _mixture(method: str, arrays: dict, theirs: Any, ours: Any, rows: int, words
     missing = torch.nonzero(arrays["origin"] == -1)[:, 0]
     if method == "wechsel":
         lacking = [k for k, v in words.items() if not v]
-        if lacking: raise Refusal(f"wechsel needs {lacking[0]}", "give word vectors of both languages and a dictionary (see its help)")
+        if lacking: raise Refusal(f"wechsel needs {lacking[0]}", "give --source-vectors, --helper-vectors and --dictionary")
         return wechsel((theirs, ours), words["vectors"], words["dictionary"], rows, missing, **options)
     flat, offsets = spell(theirs, ours, missing.tolist())
     kept = torch.tensor([p < rows for p in flat], dtype=torch.bool)
@@ -123,6 +126,7 @@ def clp(source: Checkpoint,              # the large model of the other language
         **options: Any,                  # of the method: top_k, temperature, ridge
         ) -> Plan:                       # for sources {"source": source, "helper": helper}
     "CLP-Transfer as a plan (Ostendorff & Rehm 2023): the source's body, the helper's vocabulary."
+    _open(source, "source"); _open(helper, "helper")
     options, rule = _options(method, options), METHODS[method]
     number("seed", seed); number("pad_to", pad_to, 1)
     if source.layout.table.halves: raise Refusal(f"{source.architecture} has a vocabulary in each half", "transfer each half alone")

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 import inspect
 import torch
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, _open
 from ..core.errors import Refusal, number, unknown
 from ..core.layout import Layout, Tensor
 from ..core.plan import OPS, Plan, Row, operation, seed_for
@@ -158,10 +158,11 @@ def deepened(plan: Plan,                                                  # for 
     rows = list(_deep_rows(plan, deep, found, new if method == "identity" else {}))
     used = {s for r in rows for s in r.sources}
     dropped = {s: "of a layer that is left out" for r in plan.rows for s in r.sources if s not in used}
+    hint = " (identity adds layers that at first do nothing)" if all(lay.norms(s) != "post" for s in lay.layers) else ""
     same = method == "identity" or all(o == list(range(lay.layers[s])) for s, o in found.items())
     notes = dict(depth="order" if order is not None and method != "identity" else method, layers=found, new_layers=new,
                  exact=same and plan.notes.get("exact", True), **_words(deep, new),
-                 why=[*plan.notes.get("why", []), *([] if same else ["layers were added that do something, moved or left out"])])
+                 why=[*plan.notes.get("why", []), *([] if same else ["layers were added that do something, moved or left out" + hint])])
     kept = {k for r in rows for k in r.arrays.values()}
     return replace(plan, config=deep.config, rows=rows, arrays={k: x for k, x in plan.arrays.items() if k in kept},
                    dropped=plan.dropped | dropped, notes=plan.notes | notes)
@@ -171,7 +172,7 @@ def copied(source: Checkpoint,          # any
            recipe: str = "copy",        # what the plan is called
            ) -> Plan:                   # for sources {"source": source}
     "The plan that makes a checkpoint again."
-    words = source.dtype(source.layout.one("embed.token").name)
+    words = _open(source, "source").dtype(source.layout.one("embed.token").name)
     return Plan(recipe, source.config, source.architecture, [Row(n, "copy", f"source:{n}") for n in source.names],
                 sources={"source": {"name": source.name, "architecture": source.architecture}}, generation=source.generation,
                 untied=source.untied, dtype=str(words).removeprefix("torch."))

@@ -235,10 +235,10 @@ METHODS: dict[str, Method] = {
     "mean": Method("embed.mean", "S", "the mean row for missing tokens; control"),
     "fvt": Method("embed.mix", "S", "mean of the source's pieces of the token"),
     "wechsel": Method("embed.mix", "S", "neighbours in aligned word vectors", {"top_k": 10, "temperature": 0.1}),
-    "clp": Method("embed.clp", "SH", "the paper's rule, without a guard"),
-    "guarded": Method("embed.guarded", "SHE", "the paper's rule with a normaliser that cannot vanish"),
-    "clp+": Method("embed.clp+", "SH", "sparsemax of the cosines", {"temperature": 1.0}),
-    "softmax": Method("embed.softmax", "SH", "softmax of the cosines", {"top_k": None, "temperature": 0.1}),
+    "clp": Method("embed.clp", "SH", "the paper's: anchors weighed by the helper's cosines, without a guard"),
+    "guarded": Method("embed.guarded", "SHE", "the same with a normaliser that cannot vanish"),
+    "clp+": Method("embed.clp+", "SH", "anchors weighed by sparsemax of the helper's cosines", {"temperature": 1.0}),
+    "softmax": Method("embed.softmax", "SH", "anchors weighed by softmax of the helper's cosines", {"top_k": None, "temperature": 0.1}),
     "lstsq": Method("embed.lstsq", "SH", "a linear map learned from the anchors", {"ridge": 1e-3}),
     "procrustes": Method("embed.procrustes", "SH", "a rotation and a scale learned from the anchors")}
 

@@ -10,7 +10,7 @@ import os.path
 from collections.abc import Mapping, Sequence
 from typing import Any
 import torch
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, _open
 from ..core.errors import Refusal, number, unknown
 from ..core.layout import Layout, Tensor, layout
 from ..core.layout import family as table
@@ -76,7 +76,7 @@ def _config(dense: Layout, family: str, experts: int, top_k: int, every: int, fi
 # %% ../../nbs/methods/70_experts.ipynb #1b29aa7b
 def _family(source: Checkpoint, asked: str | None) -> str:
     "The sparse family of a dense model, or what was asked for, where that is possible."
-    kind = source.config["model_type"]
+    kind = _open(source, "source").config["model_type"]
     if source.layout.find("router"):
         raise Refusal(f"{source.origin} is sparse already ({kind})", "give a dense model, or join two sparse ones")
     if kind not in _INTO: raise Refusal(f"no sparse family here computes what a {kind} does", f"its families are {', '.join(_INTO)}")
@@ -133,7 +133,7 @@ def upcycle(source: Checkpoint,            # a dense model: llama, mistral, qwen
             seed: int = 0,                 # of what is drawn
             ) -> Plan:                     # for sources {"source": source}
     "A dense model as a mixture of experts, as a plan."
-    dense, family = source.layout, _family(source, family)
+    family, dense = _family(source, family), source.layout
     _numbers(dense, family, experts, top_k, every, fine)
     std = std if std is not None else 1e-4 if family == _SWITCH else 0.02
     if not number("std", std, 0, float): raise Refusal("a router of zeros cannot choose", "give a std above 0")
@@ -176,7 +176,7 @@ def prune(source: Checkpoint,                        # with experts
           keep: int,                                 # experts that stay in each layer
           ) -> Plan:                                 # for sources {"source": source}
     "The model with its most used experts alone, as a plan."
-    old = source.layout
+    old = _open(source, "source").layout
     if not old.find("router"): raise Refusal(f"{source.origin} has no experts", "give a sparse model")
     E, k, routers = old.sizes["experts"], old.sizes["top_k"], old.find("router")
     if number("keep", keep, k) >= E: raise Refusal(f"{source.origin} has {E} experts, and {keep} are to stay", f"keep {k} to {E - 1}")
@@ -210,7 +210,7 @@ def aggregate(first: Checkpoint,            # with experts
               rest: str = "mean",           # mean | first: what is no expert's
               ) -> Plan:                    # for sources {"first": first, "second": second}
     "A model with the experts of two, as a plan."
-    a, b = first.layout, second.layout
+    a, b = _open(first, "first model").layout, _open(second, "second model").layout
     for of in (first, second):
         if not of.layout.find("router"): raise Refusal(f"{of.origin} has no experts", "upcycle it first")
     if rest not in ("mean", "first"): raise unknown("way with the rest", rest, ("mean", "first"))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as pack
-from ..core.checkpoint import DTYPES, Checkpoint
+from ..core.checkpoint import DTYPES, Checkpoint, _open
 from ..core.errors import Refusal, number, unknown
 from ..core.files import room
 from ..core.layout import Layout, layout
@@ -74,7 +74,7 @@ def _family(enc: Layout, asked: str | None) -> str:
 # %% ../../nbs/methods/20_graft.ipynb #f97d8f11
 def _checked(encoder: Checkpoint) -> Layout:
     "The layout of an encoder; a model that is none, or has a head that has no business here, is refused."
-    enc, where, name = encoder.layout, encoder.origin, encoder.architecture
+    enc, where, name = _open(encoder, "encoder").layout, encoder.origin, encoder.architecture
     if "decoder" in enc.layers: raise Refusal(f"{where} is a seq2seq model already ({name})", "extract its encoder first")
     if _kind(enc) not in (*NATIVE, *_OTHERS):
         raise Refusal(f"{where} is no encoder but a {name}", f"give a model of the families {', '.join((*NATIVE, *_OTHERS))}")
@@ -261,7 +261,7 @@ def extract(seq2seq: Checkpoint,               # a graft, before or after traini
             origin: str | Path | None = None,  # the folder of the graft, where what it kept does not lie beside the model
             ) -> Plan:                         # for sources {"seq2seq": seq2seq}, and {"origin": Origin(...)} if something was kept
     "The encoder of a seq2seq model, as a plan."
-    new = seq2seq.layout
+    new = _open(seq2seq, "seq2seq model").layout
     if _kind(new) not in _CLASS or "decoder" not in new.layers:
         raise Refusal(f"{seq2seq.origin} is a {seq2seq.architecture}, and no seq2seq model whose encoder is known here",
                       f"the families are: {', '.join(_CLASS)}")

@@ -13,15 +13,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from transformers import AutoConfig
-from ..core.checkpoint import Checkpoint, _quiet
+from ..core.checkpoint import Checkpoint
 from ..core.corpus import Corpus
-from ..core.errors import Refusal, number, unknown
+from ..core.errors import Refusal, _quiet, number, unknown
 from ..core.layout import Layout
+from ..core.ledger import _places
 from ..core.losses import measured
 from ..core.noise import Draws
 from ..core.objectives import objective
 from ..core.plan import Plan
-from ..core.train import _places
 from ..core.vocab import beside, load_tokenizer
 from .depth import DEPTHS, copied, deepened
 from .width import WIDTHS, width

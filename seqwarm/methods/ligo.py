@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 import numpy as np
 import torch
-from ..core.checkpoint import Card, Checkpoint
+from ..core.checkpoint import Card, Checkpoint, _open
 from ..core.corpus import Corpus
 from ..core.errors import Refusal, number
 from ..core.layout import Layout, Tensor
@@ -150,6 +150,7 @@ def ligo(source: Checkpoint, tokenizer: Any, corpus: Corpus,
     "A larger model whose weights are trained maps of the small one's, as a plan."
     if method == "identity": raise Refusal("the maps of LiGO cannot begin with layers of zeros", "take 'stack' or 'interpolate'")
     number("steps", steps, 1); number("batch", batch, 1); number("lr", lr, 0, float); number("noise", noise, 0, float)
+    _open(source, "source")
     if source.layout.find("router"): raise Refusal("LiGO has no maps for experts", "grow the dense model, and upcycle it then")
     if source.layout.find("cross.mix"): raise Refusal("a mix of the encoder's layers cannot be learned by LiGO", "grow first, mix then")
     wider, deeper, old = any(x is not None for x in (hidden, heads, kv_heads, ffn)), layers is not None or order is not None, source.layout

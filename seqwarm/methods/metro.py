@@ -35,7 +35,7 @@ def sample(logits: torch.Tensor,                     # [N, V]
     "Ids drawn from softmax(logits / temperature), by the inverse of its distribution function."
     if torch.is_tensor(temperature): temperature = temperature[:, None]
     upto = torch.softmax(logits.float() / temperature, -1).cumsum(-1)
-    return torch.searchsorted(upto, chance[:, None].float() * upto[:, -1:])[:, 0]
+    return torch.searchsorted(upto, chance[:, None].float() * upto[:, -1:])[:, 0].clamp(max=upto.shape[-1] - 1)   # an id, also of NaN
 
 # %% ../../nbs/methods/40_metro.ipynb #ea1713ea
 _KINDS = ("mpnet", "bert", "electra", "roberta", "xlm-roberta", "roberta-prelayernorm")
@@ -222,6 +222,8 @@ def pair(main: PreTrainedModel,                          # a masked LM of transf
          signals: Iterable[torch.nn.Module] = (),                  # losses beside these (methods.signals); copied, what weighs 0 left out
          ) -> Pair:
     "A main model with the auxiliary that makes its signals."
+    if not isinstance(main, torch.nn.Module):
+        raise Refusal(f"the main model cannot be a {type(main).__name__}", "open it: AutoModelForMaskedLM.from_pretrained(FOLDER)")
     for m in (m for m in (main, auxiliary) if isinstance(m, torch.nn.Module)):
         if m.config.model_type not in _KINDS: raise unknown("encoder for METRO", m.config.model_type, _KINDS)
         if m.get_output_embeddings() is None: raise Refusal(f"a {type(m).__name__} has no head over the vocabulary", "take ...ForMaskedLM")

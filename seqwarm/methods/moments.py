@@ -55,8 +55,10 @@ def _dual_row(plan: Plan, rows: dict[tuple, Row], row: Row, power: int, arrays: 
         index = plan.arrays[row.arrays[f"index{i}"]].numpy().astype(np.int64)
         arrays[key := f"{row.target}.index{i}"] = torch.from_numpy(np.where(index == MEAN, ZERO, index).astype(np.int32))
         named[f"index{i}"] = key
-        if f"by{i}" in row.arrays: continue
-        arrays[key := f"{row.target}.by{i}"] = torch.from_numpy(evenly(index, _heard(plan, rows, t, t.axes[i], index))**power)
+        known = row.arrays.get(f"by{i}", "")
+        if known and not known.startswith("across."): continue
+        scale = plan.arrays[known].numpy() if known else 1.0     # of heads that are normed together
+        arrays[key := f"{row.target}.by{i}"] = torch.from_numpy((evenly(index, _heard(plan, rows, t, t.axes[i], index))/scale)**power)
         named[f"by{i}"] = key
     return replace(row, args={"by": row.args.get("by", 1.0)**-power}, arrays=named)
 

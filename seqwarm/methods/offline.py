@@ -28,6 +28,7 @@ from ..core.ledger import Cost, flops, units
 from ..core.noise import Draws
 from ..core.objectives import objective
 from ..core.stages import KEPT, Stage
+from ..core.store import used
 from ..core.train import _accelerator
 from ..core.vocab import tokenizer_fingerprint
 from .metro import _KINDS, Pair, _found, _logits, _still, _Text, _text, pair, sample
@@ -133,7 +134,7 @@ def _ask(model: PreTrainedModel, first: int, inputs: dict[str, torch.Tensor], k:
     x = _text(first, **inputs)
     states = model.base_model(input_ids=x.shown, attention_mask=x.mask, position_ids=x.places + first).last_hidden_state
     z = _logits(model, states.flatten(0, 1)[x.at])
-    if not z.isfinite().all(): raise Refusal("the auxiliary's logits are no numbers", "the auxiliary is broken")
+    if not z.isfinite().all(): raise Refusal("the auxiliary's logits are no numbers", "take one from before it broke")
     ids, few, mass = likeliest(z, k)
     nll = F.cross_entropy(z, x.ids.flatten()[x.at], reduction="none")
     return ids.cpu().numpy(), few.clamp(min=float(np.finfo(keep).min)).cpu().numpy(), nll.cpu().numpy(), mass.double().sum(0).cpu().numpy()
@@ -221,6 +222,7 @@ def propose(auxiliary: PreTrainedModel | str | Path,     # an MLM that exists, o
                                    [c.id for c in parents], acc.device.type, torch.__version__, transformers.__version__])
     with acc.main_process_first():
         done = Path(store)/f"proposals-{told['address']}"/"table"
+        used(done.parent, "proposals")
         if not done.exists():
             cost = _cost(model, corpus.length, int(trained.sum()), int(asked[trained].sum()), steps)
             _write(model.to(acc.device), first, read(acc.device), done, keys, asked, told, acc, cost, parents)

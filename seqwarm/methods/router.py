@@ -36,7 +36,8 @@ def _met(logits: torch.Tensor, stack: str, inputs: Mapping[str, torch.Tensor]) -
 
 def _choices(rows: torch.Tensor, top_k: int) -> torch.Tensor:
     "How many of the rows chose each expert, [E]."
-    return torch.bincount(rows.topk(top_k).indices.flatten(), minlength=rows.shape[-1])
+    at = rows.topk(top_k).indices.flatten()
+    return at.new_zeros(rows.shape[-1]).scatter_add_(0, at, torch.ones_like(at))     # bincount would wait for the device
 
 # %% ../../nbs/methods/72_router.ipynb #8af2e0b2
 class Sparse(torch.nn.Module):
@@ -71,7 +72,7 @@ class Sparse(torch.nn.Module):
     def counts(self, inputs: dict[str, torch.Tensor]) -> torch.Tensor:
         "Asked tokens, and twice all tokens [3]."
         mask, labels = inputs.get("attention_mask"), inputs["labels"]
-        tokens = mask.sum() if mask is not None and mask.ndim == 2 else torch.tensor(labels.numel(), device=labels.device)
+        tokens = mask.sum() if mask is not None and mask.ndim == 2 else torch.full((), labels.numel(), device=labels.device)
         return torch.stack([(labels != -100).sum(), tokens, tokens])
     def tally(self, **inputs: torch.Tensor) -> torch.Tensor: return torch.cat([self(**inputs).double(), self.counts(inputs).double()])
     def read(self, totals: torch.Tensor) -> dict[str, float]:

@@ -97,7 +97,7 @@ def _sample(table: torch.Tensor, E: torch.Tensor, new: torch.Tensor, theirs: Any
 def _shown(tokenizer: Any, token: str) -> str:
     "A token as text, its blanks to be seen; as it is where it is no text."
     text = tokenizer.convert_tokens_to_string([token]).replace(" ", "␣")
-    return token if not text or "\ufffd" in text else text
+    return text if text.isprintable() and text and "\ufffd" not in text else token
 
 # %% ../../nbs/methods/12_transfer.ipynb #4060e37d
 _DOCUMENTS = 2000   # of each part of a corpus
@@ -130,14 +130,18 @@ def _warnings(f: dict[str, Any]) -> list[str]:
     n, reads = t["new"], "H" in METHODS[f["method"]].tables     # some methods need no more of the helper than its tokenizer
     canonical = ": try --match canonical" if f["match"] == "exact" else ""
     said = [
+        (f["bodies"]["helper"] > f["bodies"]["source"],
+         f"the helper's body is the larger one ({f['bodies']['helper']:,} parameters, the source's has {f['bodies']['source']:,}): "
+         "are they in the right order? the source's is kept"),
         (reads and f["guarded"] > 0.2*n,
-         f"{f['guarded']:,} of {n:,} new rows fell to the guard, or would have: the helper is probably too little trained"),
+         f"of {n:,} new tokens {f['guarded']:,} are, by the helper's rows, like no anchors in particular"
+         + (", and the guard held them" if f["method"] == "guarded" else "") + ": the helper is probably too little trained"),
         (f["shift"] > 64, f"the padding id adds {f['shift']:,} rows to the position table: give the helper's tokenizer a low one"),
         (f["method"] == "clp" and f["guarded"] > 0,
          "this method has no guard: 'guarded' keeps the rows that explode or point the wrong way"),
         (reads and t["zero_helper"] > 0, f"{t['zero_helper']:,} new tokens have a helper row of zeros, or none, and got the mean row"),
         (f["unlearned"] > 0, f"{f['unlearned']:,} shared tokens have a source row of zeros, or none, and count as new"),
-        (f["share"] < 0.1, f"only {f['share']:.1%} of the vocabulary is shared{canonical}"),
+        (f["share"] < 0.2, f"only {f['share']:.1%} of the vocabulary is shared{canonical}"),
         (reads and t["anchors"] < f["helper_width"],
          f"{t['anchors']:,} anchors are fewer than the helper is wide ({f['helper_width']}): rules are told from too little"),
         (not 0.5 < r["norm_ratio"] < 2,
@@ -184,6 +188,7 @@ def report(plan: Plan,                           # from `clp`
         text=_text_share(counts, kind) | {"corpus": corpus} if counts else None, guarded=held.sum(),
         row_sums=dict(smallest=z.min(), smallest_abs=np.abs(z).min(), negative=(z < 0).sum()),
         weights=_weight_facts(plan, plan.row(name), H, E, new), rows=rows, helper_width=H.shape[1], pad=plan.config.get("pad_token_id"),
+        bodies={who: sum(x.size for x in c.layout.stored().values() if "vocab" not in x.axes) for who, c in sources.items()},
         fits={who: [len(x), max(tok.get_vocab().values()) + 1] for who, x, tok in (("source", E, theirs), ("helper", H, ours))},
         wraps=[len(tok("a").input_ids) - len(tok("a", add_special_tokens=False).input_ids) for tok in (theirs, ours)],
         ids=_changed_ids(source.config, plan.config) | _changed_ids(source.generation, plan.generation),
@@ -191,6 +196,8 @@ def report(plan: Plan,                           # from `clp`
     return facts | {"warnings": _warnings(facts)}, frame
 
 # %% ../../nbs/methods/12_transfer.ipynb #fd73d2c7
+_FINE = "Nothing that is looked for here speaks against the start."
+
 def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
     "Plan and report in about twenty lines."
     t, r, w, share = facts["tokens"], facts["rows"], facts["weights"], facts["text"]
@@ -208,10 +215,10 @@ def _told(plan: Plan, facts: dict[str, Any]) -> list[str]:
              f"new rows: norm {r['norm_new']:.3g} ({r['norm_ratio']:.2f} of copied rows), spread {r['spread_ratio']:.2f} of theirs, "
              f"rank {r['rank']} of at most {r['rank_at_most']}",
              f"weights: {w['negative']:.0%} negative{effective}" if "negative" in w else "weights: none (not a weighted sum of anchors)",
-             f"row sums: smallest |sum| {facts['row_sums']['smallest_abs']:.3g}, {facts['row_sums']['negative']:,} negative; "
-             f"{facts['guarded']:,} rows under the guard"]
+             f"row sums, by which the paper's rule divides: smallest |sum| {facts['row_sums']['smallest_abs']:.3g}, "
+             f"{facts['row_sums']['negative']:,} negative; {facts['guarded']:,} rows need a guard"]
     lines += [f"  {s['text']} is near {'  '.join(s['texts'])}" for s in facts["sample"][:6]]
-    return lines + [f"warning: {text}" for text in facts["warnings"]]
+    return lines + ([f"warning: {text}" for text in facts["warnings"]] or [_FINE])
 
 # %% ../../nbs/methods/12_transfer.ipynb #d03c73a4
 def _table(f: dict[str, Any]) -> pd.DataFrame:
@@ -227,8 +234,8 @@ def _table(f: dict[str, Any]) -> pd.DataFrame:
     if "effective_anchors" in w: lines.append(("anchors that share a row's weight", f"{w['effective_anchors']:,.1f}", "few"))
     if "pieces" in w: lines.append(("source tokens in a new row", f"{w['pieces']:.2f}", "more than 0, few"))
     if "H" not in METHODS[f["method"]].tables: return pd.DataFrame(lines, columns=["", "here", "at best"])
-    return pd.DataFrame(lines + [("smallest row sum", f"{f['row_sums']['smallest']:.3g}", "far above 0"),
-                                 ("rows under the guard", f"{f['guarded']:,} of {t['new']:,}", "none"),
+    return pd.DataFrame(lines + [("smallest row sum, by which the paper's rule divides", f"{f['row_sums']['smallest']:.3g}", "far above 0"),
+                                 ("rows whose sums need a guard", f"{f['guarded']:,} of {t['new']:,}", "none"),
                                  ("new tokens the helper never saw", f"{t['zero_helper']:,}", "none")], columns=["", "here", "at best"])
 
 def _page(plan: Plan, facts: dict[str, Any], rows: pd.DataFrame) -> str:
@@ -243,9 +250,10 @@ def _page(plan: Plan, facts: dict[str, Any], rows: pd.DataFrame) -> str:
         figures.insert(1, (share_bars(by, "What a text is made of", "% of its tokens"), f"{text['tokens']:,} tokens of {text['corpus']}."))
     sample = pd.DataFrame([[s["text"], *s["texts"]] for s in facts["sample"]])
     sample.columns = ["new token", *(f"nearest {k}" for k in range(1, sample.shape[1]))][:sample.shape[1]]
-    said = ["To know before training:", *(f"• {w}." for w in facts["warnings"])]
+    n = len(facts["warnings"])
+    said = [f"{n} thing{'s'*(n != 1)} to know before training, against the start:", *(f"• {w}." for w in facts["warnings"])]
     return page(f"{facts['helper']} in the body of {facts['source']}",
-                [*(said if facts["warnings"] else ["Nothing that is looked for here speaks against the start."]), _table(facts), *figures,
+                [*(said if n else [_FINE]), _table(facts), *figures,
                  "Some new tokens, and the source tokens whose rows are nearest to theirs:", sample,
                  "Plan and report, as the command prints them:", _told(plan, facts)])
 

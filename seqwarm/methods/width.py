@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 import numpy as np
 import torch
-from ..core.checkpoint import Checkpoint
+from ..core.checkpoint import Checkpoint, _open
 from ..core.errors import Refusal, unknown
 from ..core.layout import Layout, Tensor
 from ..core.plan import Plan, Row, seed_for
@@ -166,6 +166,15 @@ def _factor(g: _Growth, t: Tensor, tied: Tensor | None) -> float:
     return by
 
 # %% ../../nbs/methods/50_width.ipynb #dc8cf761
+def _across(g: _Growth, t: Tensor, axis: str, index: np.ndarray) -> np.ndarray | None:
+    "Factors by which each head weighs in a norm across all heads as it did, however many copies it has; those of a gain undo them."
+    of = _bare(t).removesuffix("_norm")
+    if axis not in ("heads", "kv_heads") or of not in ("attn.q", "attn.k") or g.method in ("aki", "direct"): return None
+    if not any(axis in x.axes for x in g.old.find(f"{of}_norm", t.stack, t.layer)): return None
+    count = np.bincount(index[index >= 0])
+    by = np.sqrt(len(index)/(len(count)*np.where(index >= 0, count[np.maximum(index, 0)], 1)))
+    return None if (by == 1).all() else 1/by if _is_norm(t) else by
+
 def _row(g: _Growth, t: Tensor, tied: Tensor | None) -> Row:
     "The row of one tensor."
     above = g.old.find(t.role, t.stack, t.layer + 1) if g.method == "aki" and t.layer is not None else []
@@ -178,7 +187,8 @@ def _row(g: _Growth, t: Tensor, tied: Tensor | None) -> Row:
         if not found: continue
         index, old = found[0], found[0] % t.shape[k]
         arrays[f"index{k}"] = _kept(g, f"map.{axis if axis == 'hidden' else _place(t)}.{side}", index.astype(np.int32))
-        if _same(t, tied) and g.loud == 1: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(old, seed_for(g.seed, tied.name)))
+        if (by_head := _across(g, t, axis, index)) is not None: arrays[f"by{k}"] = _kept(g, f"across.{t.name}", by_head)
+        elif _same(t, tied) and g.loud == 1: arrays[f"by{k}"] = _kept(g, f"share.{tied.name}", shares(old, seed_for(g.seed, tied.name)))
         elif found[1]: arrays[f"by{k}"] = _kept(g, f"share.{t.name}", halves(old, seed_for(g.seed, t.name)))
         if (index == DRAWN).any(): args["std"] = _drawn(t, g.new.config).args.get("std", 0.0)
     if by != 1: args["by"] = by
@@ -202,14 +212,11 @@ def _uneven(a: Axis) -> bool: return len(set(np.bincount(a.out % a.n, minlength=
 
 def _doubts(g: _Growth) -> list[str]:
     "Why the wider model computes something else; none where it does not."
-    grown, found = {k: a for k, a in g.maps.items() if k != "copies"}, []
+    found = []
     if g.method == "aki": found.append("new units come from the layer above")
     if g.method == "direct": found.append("new units are drawn")
-    if g.method == "fpi" and "hidden" in grown and _uneven(grown["hidden"]):
+    if g.method == "fpi" and "hidden" in g.maps and _uneven(g.maps["hidden"]):
         found.append(f"{g.new.size('hidden')} is no multiple of {g.old.size('hidden')}, and norms weigh units by their copies")
-    across = any("heads" in t.axes or "kv_heads" in t.axes for t in g.old.find("attn.?_norm"))
-    if across and any(_uneven(a) for k, a in grown.items() if k.startswith(("heads", "kv"))):
-        found.append("queries and keys are normed across all heads, which do not have equally many copies")
     return found
 
 def _ranges(which: np.ndarray) -> str:
@@ -233,7 +240,7 @@ def width(source: Checkpoint,             # the small model
           seed: int = 0,
           ) -> Plan:                      # for sources {"source": source}
     "The plan of a wider model; its notes say whether it computes the same."
-    old = source.layout
+    old = _open(source, "source").layout
     if method not in WIDTHS: raise unknown("way to make a model wider", method, WIDTHS)
     if old.find("router"): raise Refusal(f"{source.origin} has experts", "make the dense model wider, and upcycle it then")
     if hidden is heads is kv_heads is ffn is None: raise Refusal("nothing is to become wider", "give hidden, heads, kv_heads or ffn")

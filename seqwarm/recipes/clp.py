@@ -60,7 +60,7 @@ def _check(p: SimpleNamespace) -> None:
     for steps in p.horizons: number("parameter horizons", steps, 1)
     for seed in p.seeds: number("parameter seeds", seed, 0)
     for rate in p.rates:
-        if rate <= 0: raise Refusal(f"parameter rates cannot hold {rate:g}", "a learning rate is above 0")
+        if rate <= 0: raise Refusal(f"parameter rates cannot hold {rate:g}", "give one above 0")
     for key in ("width", "helper_width"):
         if (n := getattr(p, key)) % p.heads:
             raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the {p.heads} attention heads")

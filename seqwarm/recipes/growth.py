@@ -28,6 +28,7 @@ from ..core.masked import Masked
 from ..core.plan import Plan
 from ..core.record import settings, told_claims
 from ..core.stages import Stage
+from ..core.store import used
 from ..core.text import Text, with_words
 from ..core.train import Trained, costs, train
 from ..core.write import write
@@ -91,7 +92,7 @@ def _check(p: SimpleNamespace) -> None:
     for key in ("width", "small_width"):
         if (n := getattr(p, key)) % p.head: raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the head size {p.head}")
     for key in ("width", "layers"):
-        if getattr(p, f"small_{key}") > getattr(p, key): raise Refusal(f"parameter small_{key} is above {key}", "growth only adds")
+        if getattr(p, f"small_{key}") > (n := getattr(p, key)): raise Refusal(f"parameter small_{key} is above {key}", f"give at most {n}")
     grows = (p.width > p.small_width, p.layers > p.small_layers)
     for arm in p.arms:
         wide, deep, then = _ways(arm)
@@ -158,10 +159,14 @@ class Models:
         p = self.p
         return self._train(f"scratch (lr {rate:g})", _fresh(p, self.text, self.seed, p.width, p.layers), p.steps, rate)
 
-    def on(self, share: float, rate: float) -> Trained:
+    def _budget(self, share: float) -> float:
+        "The FLOPs of a share of scratch's steps, which are the same at every rate."
+        return share*self.scratch(self.p.rates[0]).card.cost["flops"]
+
+    def on(self, share: float) -> Trained:
         "The control: the small model trained on, for the FLOPs that a share of scratch's steps takes."
         small, model = self.small(), _opened(self.p, self.small().path)
-        steps = self._steps(model, share*self.scratch(rate).card.cost["flops"])
+        steps = self._steps(model, self._budget(share))
         return self._train(f"small, on for {share:g}", model, steps, self.p.small_rate, (small.card,))
 
     def grown(self, arm: str, source: Path | None = None) -> Checkpoint:
@@ -169,7 +174,7 @@ class Models:
         if arm.endswith("/upcycle"): arm, source = "upcycle", self.grown(arm.removesuffix("/upcycle"), source).path
         p, source = self.p, Checkpoint(source or self.small().path)
         told = [source.card.id, arm, self.seed, p.width, p.layers, p.experts, p.steps, p.batch, self.text.train.fingerprint, __version__]
-        out = self.store/f"grown-{fingerprint(told)}"
+        used(out := self.store/f"grown-{fingerprint(told)}", f"{arm} {self.seed}, as it begins")
         with PartialState().main_process_first():   # of several ranks one writes
             if not out.exists():
                 plan = grow_plan(p, source, arm, self.seed, self.text)
@@ -184,7 +189,7 @@ class Models:
             start = self.grown(way, done and done.path)
             spent = lineage(start.card) - lineage(self.small().card)
             model = _opened(p, start.path)
-            steps = self._steps(model, share*self.scratch(rate).card.cost["flops"]*(i + 1)/len(parts) - spent.flops)
+            steps = self._steps(model, self._budget(share)*(i + 1)/len(parts) - spent.flops)
             after = self._train(f"{arm}, {share:g}", model, steps, rate, (start.card,), p.layers//2 if arm.endswith("/top") else 0)
             done = _after(done, spent, after)
         return done
@@ -247,7 +252,7 @@ def trained(p: SimpleNamespace, models: Models, rate: float) -> dict[tuple[str, 
     "Every training of a seed, by arm and share of scratch's steps."
     own, done = rate if p.warm_rate is None else p.warm_rate, {("scratch", 1.0): models.scratch(rate)}
     for share in p.shares:
-        done["small", share] = models.on(share, rate)
+        done["small", share] = models.on(share)
         done |= {(arm, share): models.arm(arm, share, own) for arm in p.arms}
     return done
 
@@ -294,9 +299,11 @@ def compared(records: Iterable[dict[str, Any]]) -> pd.DataFrame:    # columns se
 # %% ../../nbs/recipes/40_growth.ipynb #dd0e34fe
 def claims_of(table: pd.DataFrame, kind: str) -> dict[str, float | None]:
     "What was measured of each claim, by its id in claims.toml."
-    beyond = table.small_loss.mean() > table.scratch_loss.mean()     # or else scratch ends where the small model has been already
+    beyond = (table.small_loss > table.scratch_loss).all()     # or else scratch ends where the small model has been already
     best, paid = (_best(table, _arms(table), by) if beyond else None for by in ("saved", "saved_all"))
-    lead = None if best is None else best - max(_best(table, ["small"]) or 0.0, 0.0)      # who never gets there saves nothing
+    small = table[table.arm == "small"]
+    control = pd.to_numeric(small.saved).fillna(0.0).groupby(small.share).mean()     # where it never gets there it saves nothing
+    lead = None if best is None else best - max(control.max(), 0.0)
     return {"growth-gpt" if kind in _CAUSAL else "growth-bert": best, "growth-paid": paid, "growth-order": _order(table),
             "growth-control": lead, "growth-sparse": _sparse(table)}
 
@@ -306,11 +313,11 @@ def _sparse(table: pd.DataFrame) -> float | None:
     dense = lambda arm: "small" if arm == "upcycle" else arm.removesuffix("/upcycle")
     return max((last[dense(a), s] - x for (a, s), x in last.items() if a.endswith("upcycle") and (dense(a), s) in last.index), default=None)
 
-def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rate: float) -> list[str]:
+def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rates: Iterable[float]) -> list[str]:
     "The result in some lines."
-    percent = lambda x: "never" if pd.isna(x) else f"{100*x:.0f} %"
+    percent, at = lambda x: "never" if pd.isna(x) else f"{100*x:.0f} %", ", ".join(f"{r:g}" for r in dict.fromkeys(rates))
     lines = [f"on {p.text}: {p.kind}, {p.small_layers} layers x {p.small_width} become {p.layers} x {p.width}; "
-             f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {rate:g}; {len(p.seeds)} seed(s)",
+             f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {at}; {len(p.seeds)} seed(s)",
              f"the small model ends at {table.small_loss.mean():.3f} nats a token, scratch at {table.scratch_loss.mean():.3f}",
              "arm                       share   first loss   last loss   FLOPs saved   with the small model's"]
     for (arm, share), t in table.groupby(["arm", "share"], sort=False):

@@ -70,7 +70,7 @@ def _check(p: SimpleNamespace) -> None:
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
     for key in ("rate", "metro_rate"):
-        if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "a learning rate is above 0")
+        if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "give one above 0")
     for key in ("rtd", "clm"): number(f"parameter {key}", getattr(p, key), 0, float)
     _check_swept(p)
     if not 0 <= p.apart <= 1: raise Refusal(f"parameter apart cannot be {p.apart:g}", "give a share, from 0 to 1")

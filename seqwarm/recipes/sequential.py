@@ -30,6 +30,7 @@ from ..core.plan import Plan
 from ..core.probes import Probe
 from ..core.record import settings
 from ..core.stages import Stage
+from ..core.store import used
 from ..core.tasks import named, probed, wants
 from ..core.text import Text, with_words
 from ..core.train import Trained, train
@@ -85,7 +86,7 @@ def _check(p: SimpleNamespace) -> None:
     number("parameter length", p.length, 8); number("parameter vocab", p.vocab, 261)   # 256 bytes and 5 special tokens
     for seed in p.seeds: number("parameter seeds", seed, 0)
     for key in ("mlm_rate", "rate"):
-        if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "a learning rate is above 0")
+        if getattr(p, key) <= 0: raise Refusal(f"parameter {key} cannot be {getattr(p, key):g}", "give one above 0")
     if not 0 <= p.apart <= 1: raise Refusal(f"parameter apart cannot be {p.apart:g}", "give a share, from 0 to 1")
     if p.width % p.heads: raise Refusal(f"parameter width cannot be {p.width}", f"give a multiple of the {p.heads} attention heads")
     if p.embeddings not in ("sleep", "awake"): raise unknown("way with the embeddings", p.embeddings, ["sleep", "awake"])
@@ -131,7 +132,7 @@ class Models:
 
     def _written(self, plan: Plan, parent: Checkpoint) -> Checkpoint:
         "The first checkpoint of a model by a plan; found again if it was written before."
-        out = self.store/f"start-{fingerprint([plan.fingerprint, parent.card.id])}"
+        used(out := self.store/f"start-{fingerprint([plan.fingerprint, parent.card.id])}", f"{plan.recipe}, as it begins")
         with PartialState().main_process_first():   # of several ranks one writes
             if not out.exists(): carry_out(plan, parent, out)
         return Checkpoint(out)

@@ -73,7 +73,8 @@ def _check(p: SimpleNamespace) -> None:
     for key in ("width", "small_width"):
         if (n := getattr(p, key)) % p.head: raise Refusal(f"parameter {key} cannot be {n}", f"give a multiple of the head size {p.head}")
     for key in ("width", "layers"):
-        if getattr(p, f"small_{key}") >= getattr(p, key): raise Refusal(f"parameter small_{key} is not below {key}", "growth adds")
+        if getattr(p, f"small_{key}") >= (n := getattr(p, key)):
+            raise Refusal(f"parameter small_{key} is not below {key}", f"give less than {n}")
     if p.source_text == p.target_text: raise Refusal(f"source and target are both {p.source_text}", "name two languages")
 
 # %% ../../nbs/recipes/50_together.ipynb #4bd7d0f7
