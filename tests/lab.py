@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 from urllib.request import urlopen
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -33,6 +34,16 @@ def wait(there: Callable[[], Any], seconds: float, what: str, every: float = 0.2
         if got := there(): return got
         time.sleep(every)
     raise TimeoutError(f"{what} did not happen within {seconds:g} s")
+
+def act(find: Callable[[], list[Any]], do: Callable[[Any], None], what: str, which: int = 0, seconds: float = 60) -> None:
+    "Do something to an element that is waited for; JupyterLab draws anew whenever it likes, so one that is gone or covered meanwhile is looked for again."
+    from selenium.common.exceptions import ElementClickInterceptedException, ElementNotInteractableException, StaleElementReferenceException
+    def done() -> bool:
+        try:
+            if len(found := find()) <= which: return False
+            do(found[which]); return True
+        except (ElementClickInterceptedException, ElementNotInteractableException, StaleElementReferenceException): return False
+    wait(done, seconds, what)
 
 @contextmanager
 def lab(folder: Path) -> Iterator[str]:       # the address, with its token
@@ -68,6 +79,9 @@ def browser() -> Iterator[Any]:
     try: yield seen
     finally: seen.quit()
 
+IDLE = """return location.pathname === arguments[0]       // for a while the page before it is still there, and idle
+  && !!document.querySelector('.jp-Notebook .jp-CodeCell')
+  && [...document.querySelectorAll('.jp-StatusBar-TextItem')].some(e => e.textContent.endsWith('| Idle') && e.textContent.startsWith('Python 3'))"""
 LOOK = """const text = q => [...document.querySelectorAll(q)].map(e => e.textContent)
 return {prompts: text('.jp-CodeCell .jp-InputPrompt'), errors: text('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.error"]'),
   bars: text('.jp-OutputArea-output[data-mime-type="application/vnd.jupyter.stderr"]').filter(t => t.includes('step')),
@@ -80,12 +94,11 @@ def run_all(seen: Any, address: str, seconds: float = 1200) -> dict[str, Any]:  
     "Open a notebook, choose Run All Cells in the menu, and look at the page until its last cell has run."
     from selenium.webdriver.common.by import By
     seen.get(address)
-    find = lambda how, what: seen.find_elements(how, what)
-    def idle() -> bool:      # who runs cells before that is asked for a kernel
-        return bool(find(By.CSS_SELECTOR, ".jp-Notebook .jp-CodeCell")) and seen.execute_script("return [...document.querySelectorAll('.jp-StatusBar-TextItem')].some(e => e.textContent.endsWith('| Idle') && e.textContent.startsWith('Python 3'))")
-    wait(idle, 300, "an idle kernel", 1)
-    wait(lambda: find(By.XPATH, "//div[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']"), 60, "the menu")[0].click()
-    wait(lambda: find(By.CSS_SELECTOR, "li[data-command='runmenu:run-all']"), 60, "its entry")[0].click()
+    find = lambda how, what: lambda: seen.find_elements(how, what)
+    click = lambda element: element.click()
+    wait(lambda: seen.execute_script(IDLE, urlsplit(address).path), 300, "an idle kernel", 1)      # who runs cells before that is asked for a kernel
+    act(find(By.XPATH, "//div[contains(@class, 'lm-MenuBar-itemLabel') and text()='Run']"), click, "the menu")
+    act(find(By.CSS_SELECTOR, "li[data-command='runmenu:run-all']"), click, "its entry")
     bars = set()
     def over() -> dict[str, Any] | None:
         page = seen.execute_script(LOOK)
@@ -101,12 +114,17 @@ def turn_all(seen: Any) -> dict[str, float]:     # control -> seconds until the 
     from selenium.webdriver.common.keys import Keys
     from selenium.webdriver.support.select import Select
     wait(lambda: seen.execute_script(DRAWN), 60, "a panel with a figure")
-    took, controls = {}, seen.find_elements(By.CSS_SELECTOR, ".widget-vbox .widget-slider, .widget-vbox .widget-dropdown")
-    for control in controls:
+    took = {}
+    controls = lambda: seen.find_elements(By.CSS_SELECTOR, ".widget-vbox .widget-slider, .widget-vbox .widget-dropdown")
+    def turn(control: Any) -> None:
+        nonlocal name
         seen.execute_script("arguments[0].scrollIntoView({block: 'start'})", control)
-        name, before, start = control.find_element(By.CSS_SELECTOR, ".widget-label").text, seen.execute_script(DRAWN), time.monotonic()
+        name = control.find_element(By.CSS_SELECTOR, ".widget-label").text
         if selects := control.find_elements(By.TAG_NAME, "select"): Select(selects[0]).select_by_index(1)
         else: control.find_element(By.CSS_SELECTOR, ".noUi-handle").send_keys(Keys.ARROW_RIGHT*5)
+    for which in range(len(controls())):
+        name, before, start = "", seen.execute_script(DRAWN), time.monotonic()
+        act(controls, turn, "a control", which)
         wait(lambda before=before: seen.execute_script(DRAWN) not in (before, None), 30, f"another figure after {name} was turned", 0.05)
         took[name] = round(time.monotonic() - start, 2)
     return took
@@ -127,8 +145,9 @@ def check(seen: Any, address: str, recipe: str, nbs: Path, shots: Path) -> dict[
         return dict(recipe=recipe, **found)
     finally:
         seen.save_screenshot(str(shots/f"{recipe}-panel.png"))
-        for i, figure in enumerate(seen.find_elements("css selector", ".jp-OutputArea .js-plotly-plot")[:3]):
-            seen.execute_script("arguments[0].scrollIntoView({block: 'center'})", figure); seen.save_screenshot(str(shots/f"{recipe}-{i}.png"))
+        for i in range(3):
+            seen.execute_script("document.querySelectorAll('.jp-OutputArea .js-plotly-plot')[arguments[0]]?.scrollIntoView({block: 'center'})", i)
+            seen.save_screenshot(str(shots/f"{recipe}-{i}.png"))
 
 if __name__ == "__main__":
     words = sys.argv[1:]
