@@ -6,7 +6,7 @@ import pytest
 from seqwarm.core.errors import Refusal
 from seqwarm.core.ledger import Cost
 from seqwarm.core.train import Stage
-from seqwarm.recipes.clp import claims_of, means, results, sized
+from seqwarm.recipes.clp import by_arm, claims_of, results, sized
 
 def trained(*losses):
     "A history of one measurement every 10 steps of 5 tokens, 7 FLOPs a step."
@@ -32,7 +32,7 @@ def test_claims_take_the_best_arm_that_caught_up_on_every_seed(table):
     assert claims["arm"] == "warm" and claims["horizon"] == 30
     assert claims["clp-steps"] == pytest.approx((2 / 3 + 1 / 2) / 2)
     assert claims["clp-embeddings"] == pytest.approx((2 / 3 + 1 / 2) / 2 - (1 / 6 + 1 / 3) / 2)
-    assert means(table).set_index("arm").saved.isna()["late"]   # it was fast on one seed, and never arrived on the other
+    assert by_arm(table).set_index("arm").saved.isna()["late"]   # it was fast on one seed, and never arrived on the other
     assert claims_of(table[table.arm.isin(["scratch", "late"])]) == {"clp-steps": None, "clp-embeddings": None}
 
 WISH = dict(seeds=[0], heads=4, match="exact", wake=0, source_text="world:a", target_text="world:b", source_valid=None, target_valid=None)
