@@ -78,6 +78,11 @@ def test_bad_lengths():
                              (bart, (8, -1), "at least one")]:
         with pytest.raises(Refusal, match=words): flops(lay, *args)
     with pytest.raises(Refusal, match="did you mean"): flops(gpt2, 8, frozen=["atn"])
+    for lay, args in [(gpt2, (1025,)), (bart, (8, 1025)), (bart, (1025, 8))]:
+        with pytest.raises(Refusal, match="no places for 1,025 tokens; give a length of at most 1,024"): describe(lay, *args)
+    assert describe(gpt2).flops.sum() == describe(gpt2, 512).flops.sum()
+    short = layout(hf.GPT2Config(n_positions=64), "GPT2LMHeadModel")
+    assert describe(short).flops.sum() == describe(short, 64).flops.sum()
 
 def test_a_checkpoint_or_a_model_is_no_layout_no_card_no_history():
     model = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=9, n_embd=8, n_layer=1, n_head=1))

@@ -272,8 +272,8 @@ def _describe(model: Annotated[str, typer.Argument(help="A checkpoint's folder, 
               length: Annotated[int | None, typer.Option(min=1, help="Tokens in a sequence (512, or what fits).")] = None) -> None:
     "Print a model's tensors by role, with parameter counts and FLOPs a token."
     layout = _layout(model)
-    from seqwarm.core.ledger import _places, describe
-    table = describe(layout, length := length or min([512, *(_places(layout, s) for s in layout.layers)]))
+    from seqwarm.core import ledger, resize
+    table, length = ledger.describe(layout, length), length or min(512, resize.places(layout))
     total = f"{layout.architecture} ({layout.family}): {table['parameters'].sum():,} parameters"
     shown = table.assign(parameters=[f"{n:,}" for n in table["parameters"]], flops=[f"{x:,.0f}" for x in table["flops"]])
     print(shown.loc[:, [c for c in shown if shown[c].astype(str).str.len().any()]].to_string(index=False))

@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
 from functools import partial
-from math import inf, isfinite
+from math import isfinite
 from typing import Any
 from .errors import Refusal, unknown
 from .joint import Joint, portion
-from .layout import Layout, Tensor, family
+from .layout import Layout, Tensor
+from .resize import places
 
 # %% ../../nbs/core/70_ledger.ipynb #69eb7bb5
 def _tokens(t: Tensor, source: int, target: int | None, asked: int) -> int:
@@ -49,12 +50,6 @@ def _lengths(layout: Layout, source: int, target: int | None) -> None:
     if source < 1 or (target or 1) < 1: raise Refusal("a sequence has at least one token", "give a length of 1 or more")
 
 # %% ../../nbs/core/70_ledger.ipynb #2f00cc9d
-def _places(lay: Layout, stack: str) -> float:
-    "Positions that a text may have in a stack; rotary and relative ones have no end."
-    own = lay.config[stack] if isinstance(lay.config.get(stack), dict) else lay.config
-    if not (rows := lay.sizes.get(f"{stack}.position", lay.sizes.get("position"))): return inf
-    return min(rows - family(own["model_type"]).first_position(own.get("pad_token_id")), own.get("max_position_embeddings") or rows)
-
 class _Walk:
     "Adds up FLOPs on the way through a model from bottom to top; `backward` holds those of the gradients."
     def __init__(self, layout: Layout, frozen: set[str], source: int, target: int | None, asked: int | None = None):
@@ -184,16 +179,19 @@ def flops(layout: Layout,
 
 # %% ../../nbs/core/70_ledger.ipynb #882be408
 def describe(layout: Layout,
-             source: int = 512,             # S at which attention is counted
+             source: int | None = None,     # S at which attention is counted; by default 512, or what fits
              target: int | None = None,     # T, by default S where there is a decoder
              ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token);
                                             # where there are experts also active
     "The layout by role, with parameters and FLOPs a token."
     import pandas as pd
     _is_layout(layout)
+    if source is None: source = min(512, places(layout))
     target = target or (source if "decoder" in layout.layers else None)
     rows, costs, sparse = {}, _attentions(layout, source, target), any(t.expert is not None for t in layout.tensors.values())
     _lengths(layout, source, target)
+    if (n := max(source, target or 0)) > (most := places(layout)):
+        raise Refusal(f"{layout.architecture} has no places for {n:,} tokens", f"give a length of at most {most:,}")
     for t in layout.tensors.values():
         axes, shape, tied = " x ".join(t.axes), " x ".join(map(str, t.shape)), layout.storage(t).name if t.tied else ""
         r = rows.setdefault((t.role, t.stack, axes, tied), dict(role=t.role, stack=t.stack, tensors=0, axes=axes, shape=shape,

@@ -17,7 +17,7 @@ from ..core.checkpoint import Checkpoint
 from ..core.corpus import Corpus
 from ..core.errors import Refusal, _quiet, number, unknown
 from ..core.layout import Layout
-from ..core.ledger import _places
+from ..core.resize import places
 from ..core.losses import measured
 from ..core.noise import Draws
 from ..core.objectives import objective
@@ -65,7 +65,7 @@ def _speaks(of: Layout) -> bool: return bool(of.find("head") or of.find("head.bi
 
 def _length(of: Layout, most: int) -> int:
     "How many tokens a row has: no more than there are positions for."
-    return min([most, *(_places(of, s) for s in of.layers)])
+    return min(most, places(of))
 
 def loss_on(source: Checkpoint,      # the small model
             text: str,               # corpus string
