@@ -30,10 +30,11 @@ from .files import fingerprint, write_whole
 from .guard import Guard
 from .joint import Joint
 from .layout import Layout, layout
-from .ledger import Cost, _places, flops, units
+from .ledger import Cost, flops, units
 from .losses import _accelerator, counts, measured, several, sums, weights
 from .memory import thrifty
 from .objectives import OBJECTIVES, _asked, objective, shape
+from .resize import places
 from .sharded import agreed, check_sharded, clip, gathered
 from .stages import Chain, Stage, asleep, chains, hand_over, optimizer, set_rates
 from .state import State
@@ -218,7 +219,7 @@ def _check_stage(lay: Layout, stage: Stage, corpora: tuple[Corpus, ...], batch: 
         raise Refusal(f"{lay.architecture} can't do {stage.objective}", f"its objectives are {', '.join(filter(fits, OBJECTIVES))}")
     for at, stack in enumerate(("encoder", "decoder") if two else lay.layers):
         longest = max(shape(stage.objective, n)[at if two else 0] for n in lengths)
-        if longest > (n := _places(lay, stack)):
+        if longest > (n := places(lay, stack)):
             raise Refusal(f"sequences of {longest} tokens in a model with {n} positions", "cut the corpus shorter")
     if stage.keep: keeping(lay, stage, lengths[0], batch, keep_bytes)
 
