@@ -172,14 +172,20 @@ def table(**arms):
 
 def test_the_best_arm_has_to_get_there_on_every_seed():
     t = table(scratch=[(6, 0.0)]*2, aki=[(3, 0.9), (3, None)], fpi=[(2, 0.3), (2, 0.5)], small=[(2, 0.2), (2, 0.4)])
-    assert claims_of(t, "llama") == {"growth-gpt": pytest.approx(0.4), "growth-paid": pytest.approx(0.3), "growth-order": None, "growth-control": pytest.approx(0.1), "growth-sparse": None}
+    assert claims_of(t, "llama") == {"growth-gpt": pytest.approx(0.4), "growth-paid": pytest.approx(0.3), "growth-order": None, "growth-control": pytest.approx(0.1), "growth-copies": None, "growth-sparse": None}
     never = table(scratch=[(6, 0.0)], fpi=[(2, 0.3)], small=[(2, None)])
-    assert claims_of(never, "bert") == {"growth-bert": pytest.approx(0.3), "growth-paid": pytest.approx(0.2), "growth-order": None, "growth-control": pytest.approx(0.3), "growth-sparse": None}
+    assert claims_of(never, "bert") == {"growth-bert": pytest.approx(0.3), "growth-paid": pytest.approx(0.2), "growth-order": None, "growth-control": pytest.approx(0.3), "growth-copies": None, "growth-sparse": None}
     slow = table(scratch=[(6, 0.0)], fpi=[(2, 0.3)], small=[(2, -0.5)])
     assert claims_of(slow, "gpt2")["growth-control"] == pytest.approx(0.3)         # who takes longer than scratch saves nothing
     once = table(scratch=[(6, 0.0)]*2, fpi=[(2, 0.5)]*2, small=[(2, 0.4), (2, None)])
     assert claims_of(once, "bert")["growth-control"] == pytest.approx(0.3)         # the control got there on one seed of two
-    assert claims_of(table(scratch=[(6, 0.0)], fpi=[(2, None)], small=[(2, 0.1)]), "gpt2") == {"growth-gpt": None, "growth-paid": None, "growth-order": None, "growth-control": None, "growth-sparse": None}
+    assert claims_of(table(scratch=[(6, 0.0)], fpi=[(2, None)], small=[(2, 0.1)]), "gpt2") == {"growth-gpt": None, "growth-paid": None, "growth-order": None, "growth-control": None, "growth-copies": None, "growth-sparse": None}
+
+def test_copies_have_to_beat_drawn_numbers():
+    lead = lambda **arms: claims_of(table(scratch=[(6, 0.0)]*2, small=[(2, None)]*2, **arms), "gpt2")["growth-copies"]
+    assert lead(aki=[(3, 0.5)]*2, fpi=[(3, 0.3)]*2, lemon=[(2, 0.9)]*2, direct=[(5, 0.2), (5, 0.4)]) == pytest.approx(0.2)
+    assert lead(fpi=[(3, 0.3)]*2, direct=[(5, 0.8), (5, None)]) == pytest.approx(-0.1) and lead(fpi=[(3, 0.3)]*2, direct=[(5, None)]*2) == pytest.approx(0.3)
+    assert lead(fpi=[(3, 0.3)]*2) is None and lead(fpi=[(3, None)]*2, direct=[(5, 0.4)]*2) is None
 
 def test_a_goal_behind_the_small_model_gives_no_verdict():
     behind = table(scratch=[(6, 0.0)], fpi=[(2, 1.0)], small=[(2, 1.0)]).assign(small_loss=0.5)

@@ -291,11 +291,14 @@ def compared(records: Iterable[dict[str, Any]]) -> pd.DataFrame:    # columns se
 def claims_of(table: pd.DataFrame, kind: str) -> dict[str, float | None]:
     "What was measured of each claim, by its id in claims.toml."
     beyond = (table.small_loss > table.scratch_loss).all()     # or else scratch ends where the small model has been already
-    ours, paid = (best_mean(_dense(table), ["arm", "share"], column) if beyond else None for column in ("saved", "saved_all"))
-    control = best_mean(table[table.arm == "small"], ["share"], "saved", missing=0.0)
-    lead = None if ours is None else ours - max(control or 0.0, 0.0)
-    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": ours, "growth-paid": paid, "growth-order": _order(table),
-            "growth-control": lead, "growth-sparse": _sparse(table)}
+    save = lambda rows, column="saved", **kw: best_mean(rows, ["arm", "share"], column, **kw) if beyond else None
+    lead = lambda x, control: None if x is None or control is None else x - max(control, 0.0)
+    dense, control = _dense(table), save(table[table.arm == "small"], missing=0.0)
+    copied, drawn = (dense[dense.arm.str.startswith(ways)] for ways in (("fpi", "aki"), "direct"))
+    ours = save(dense)
+    return {"growth-gpt" if kind in _CAUSAL else "growth-bert": ours, "growth-paid": save(dense, "saved_all"),
+            "growth-order": _order(table), "growth-control": lead(ours, control),
+            "growth-copies": lead(save(copied), save(drawn, missing=0.0)), "growth-sparse": _sparse(table)}
 
 def _sparse(table: pd.DataFrame) -> float | None:
     "By how many nats the best upcycled model ends below the dense one that it was, trained for as many FLOPs; means over the seeds."
