@@ -47,7 +47,7 @@ def stand_ins(home: Path) -> None:
     sentinels = train_tokenizer(list(words("a")), 450, extra=[f"<extra_id_{i}>" for i in range(40)])
     ids = lambda tok: dict(vocab_size=len(tok), pad_token_id=tok.pad_token_id, bos_token_id=tok.bos_token_id, eos_token_id=tok.eos_token_id)
     wide = dict(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48)
-    gpt2 = lambda tok, width: hf.GPT2LMHeadModel(hf.GPT2Config(**ids(tok), n_embd=width, n_layer=2, n_head=2, n_positions=64))
+    gpt2 = lambda tok, width: hf.GPT2LMHeadModel(hf.GPT2Config(**ids(tok), n_embd=width, n_layer=2, n_head=2, n_positions=1024))
     llama = lambda: hf.LlamaForCausalLM(hf.LlamaConfig(**ids(english), **wide, num_key_value_heads=1, max_position_embeddings=64))
     masked = lambda kind: getattr(hf, f"{kind}ForMaskedLM")(getattr(hf, f"{kind}Config")(**ids(english), **wide, layer_norm_eps=1e-5, max_position_embeddings=70))
     bart = dict(d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2, encoder_ffn_dim=48, decoder_ffn_dim=48)
@@ -56,7 +56,7 @@ def stand_ins(home: Path) -> None:
             "HuggingFaceTB/SmolLM2-135M": (llama(), english), "HuggingFaceTB/SmolLM2-360M": (llama(), english), "my-llama": (llama(), english),
             "FacebookAI/xlm-roberta-base": (masked("XLMRoberta"), english), "my-encoder": (masked("XLMRoberta"), english), "FacebookAI/roberta-base": (masked("Roberta"), english),
             "distilbert/distilroberta-base": (masked("Roberta"), english),
-            "facebook/bart-base": (hf.BartForConditionalGeneration(hf.BartConfig(**ids(english), **bart, max_position_embeddings=64)), english),
+            "facebook/bart-base": (hf.BartForConditionalGeneration(hf.BartConfig(**ids(english), **bart, max_position_embeddings=1024)), english),
             "google-t5/t5-base": (hf.T5ForConditionalGeneration(hf.T5Config(vocab_size=len(sentinels), d_model=32, d_kv=16, d_ff=48, num_layers=2, num_heads=2,
                 pad_token_id=sentinels.pad_token_id, eos_token_id=sentinels.eos_token_id, decoder_start_token_id=sentinels.pad_token_id)), sentinels)}
     for name, (model, tok) in made.items(): model.save_pretrained(home/name); tok.save_pretrained(home/name)

@@ -122,7 +122,7 @@ def test_the_scores_beside_deberta_s_own_are_counted_in_its_stack_alone():
     alone = layout(hf.DebertaV2Config(**V3), "DebertaV2Model"), layout(hf.BertConfig(**TINY), "BertModel")
     between = flops(whole, S, T, train=False) - flops(plain, S, T, train=False)
     assert between == flops(alone[0], S, train=False) - flops(alone[1], S, train=False) != 0
-    assert describe(whole, S).set_index("role").flops["c2p"] == describe(alone[0], S).set_index("role").flops["c2p"] > 0
+    assert describe(whole, T).set_index("role").flops["c2p"] == describe(alone[0], T).set_index("role").flops["c2p"] > 0
 
 def test_units_of_two_stacks():
     lay = layout(hf.EncoderDecoderConfig(**PAIRS["bert"]), WHOLE)

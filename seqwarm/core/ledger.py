@@ -180,18 +180,19 @@ def flops(layout: Layout,
 # %% ../../nbs/core/70_ledger.ipynb #882be408
 def describe(layout: Layout,
              source: int | None = None,     # S at which attention is counted; by default 512, or what fits
-             target: int | None = None,     # T, by default S where there is a decoder
+             target: int | None = None,     # T, where there is a decoder; by default S, or what fits
              ):                             # pandas.DataFrame: role, stack, tensors, axes, shape, parameters, flops (forward, a token);
                                             # where there are experts also active
     "The layout by role, with parameters and FLOPs a token."
     import pandas as pd
     _is_layout(layout)
     if source is None: source = min(512, places(layout))
-    target = target or (source if "decoder" in layout.layers else None)
+    target = target or (min(source, places(layout, "decoder")) if "decoder" in layout.layers else None)
     rows, costs, sparse = {}, _attentions(layout, source, target), any(t.expert is not None for t in layout.tensors.values())
     _lengths(layout, source, target)
-    if (n := max(source, target or 0)) > (most := places(layout)):
-        raise Refusal(f"{layout.architecture} has no places for {n:,} tokens", f"give a length of at most {most:,}")
+    for stack in layout.layers:
+        n, most = target if stack == "decoder" else source, places(layout, stack)
+        if n > most: raise Refusal(f"{layout.architecture} has no places for {n:,} tokens", f"give a length of at most {most:,}")
     for t in layout.tensors.values():
         axes, shape, tied = " x ".join(t.axes), " x ".join(map(str, t.shape)), layout.storage(t).name if t.tied else ""
         r = rows.setdefault((t.role, t.stack, axes, tied), dict(role=t.role, stack=t.stack, tensors=0, axes=axes, shape=shape,
