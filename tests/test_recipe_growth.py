@@ -6,13 +6,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM
 from seqwarm.batch.parameters import find_recipe, parameters
+from seqwarm.core.arms import best_rate
 from seqwarm.core.checkpoint import Checkpoint
 from seqwarm.core.errors import Refusal
 from seqwarm.core.fresh import apart_first
 from seqwarm.core.ledger import lineage
 from seqwarm.core.masked import Masked
 from seqwarm.core.stages import Stage, chains
-from seqwarm.core.arms import best_rate
 from seqwarm.core.text import Text
 from seqwarm.core.train import train
 from seqwarm.methods.grow import grow

@@ -17,11 +17,11 @@ from ..core.checkpoint import Checkpoint
 from ..core.corpus import Corpus
 from ..core.errors import Refusal, _quiet, number, unknown
 from ..core.layout import Layout
-from ..core.resize import places
 from ..core.losses import measured
 from ..core.noise import Draws
 from ..core.objectives import objective
 from ..core.plan import Plan
+from ..core.resize import places
 from ..core.vocab import beside, load_tokenizer
 from .depth import DEPTHS, copied, deepened
 from .width import WIDTHS, width

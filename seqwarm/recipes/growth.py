@@ -18,7 +18,7 @@ from accelerate import PartialState
 from transformers import (AutoModelForCausalLM, AutoModelForMaskedLM, BertForMaskedLM, GPT2LMHeadModel, LlamaForCausalLM, MPNetForMaskedLM,
                           PreTrainedModel, RobertaPreLayerNormForMaskedLM)
 from .. import __version__
-from ..core.arms import best_mean, best_rate, written
+from ..core.arms import best_mean, best_rate, means, written
 from ..core.checkpoint import Card, Checkpoint
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.files import fingerprint
@@ -313,7 +313,7 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rates
              f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {at}; {len(p.seeds)} seed(s)",
              f"the small model ends at {table.small_loss.mean():.3f} nats a token, scratch at {table.scratch_loss.mean():.3f}",
              "arm                       share   first loss   last loss   FLOPs saved   with the small model's"]
-    for (arm, share), t in table.groupby(["arm", "share"], sort=False):
-        each = [written(pd.to_numeric(t[k]).mean(skipna=False)) for k in ("saved", "saved_all")]
-        lines.append(f"{arm:24s}  {share:5.2f}  {t.first_loss.mean():10.3f}  {t.last_loss.mean():10.3f}  {each[0]:>11s}  {each[1]:>11s}")
+    lines += [f"{r.arm:24s}  {r.share:5.2f}  {r.first_loss:10.3f}  {r.last_loss:10.3f}  {written(r.saved):>11s}  "
+              f"{written(r.saved_all):>11s}"
+              for r in means(table, ["arm", "share"], ["first_loss", "last_loss", "saved", "saved_all"]).itertuples()]
     return lines + [told_claims(claims)]

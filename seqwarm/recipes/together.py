@@ -13,7 +13,7 @@ from typing import Any
 import pandas as pd
 import torch
 from transformers import AutoModelForCausalLM, GPT2LMHeadModel, PreTrainedModel
-from ..core.arms import best_mean, best_rate, written
+from ..core.arms import best_mean, best_rate, means, written
 from ..core.checkpoint import Card, Checkpoint
 from ..core.errors import Refusal, named_once, number, unknown
 from ..core.fresh import fresh
@@ -186,7 +186,7 @@ def _told(p: SimpleNamespace, table: pd.DataFrame, claims: dict[str, Any], rates
              f"{p.batch*p.length} tokens a step, {p.steps} steps of scratch at {at}; {len(p.seeds)} seed(s)",
              f"the helper ends at {table.helper_loss.mean():.3f} nats a token, scratch at {table.scratch_loss.mean():.3f}",
              "arm                  first loss   last loss   FLOPs saved   and on the way   and what existed"]
-    for arm, t in table.groupby("arm", sort=False):
-        each = [written(pd.to_numeric(t[k]).mean(skipna=False)) for k in ("saved", "saved_way", "saved_all")]
-        lines.append(f"{arm:18s}  {t.first_loss.mean():11.3f}  {t.last_loss.mean():10.3f}  {each[0]:>12s}  {each[1]:>15s}  {each[2]:>17s}")
+    lines += [f"{r.arm:18s}  {r.first_loss:11.3f}  {r.last_loss:10.3f}  {written(r.saved):>12s}  {written(r.saved_way):>15s}  "
+              f"{written(r.saved_all):>17s}"
+              for r in means(table, ["arm"], ["first_loss", "last_loss", "saved", "saved_way", "saved_all"]).itertuples()]
     return lines + [told_claims(claims)]
