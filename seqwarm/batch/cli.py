@@ -20,7 +20,7 @@ from .local import job, sweep
 from .parameters import describe_parameters, find_recipe, parameters, recipes
 from .run import Failure, run
 from .watch import show
-from ..core.errors import Refusal, _line, number
+from ..core.errors import Refusal, _line, _said, number
 from ..core.files import room, whole_folder, write_whole
 if TYPE_CHECKING: from seqwarm.core.layout import Layout
 
@@ -308,7 +308,7 @@ def _fetch(model: str) -> Path:
         except LocalEntryNotFoundError: HfApi().model_info(model, timeout=10)  # says at once what downloading says after five retries
         return Path(hf_hub_download(model, "config.json"))
     except Exception as e:  # no such name, no network, no access: each has its own class, and a first line that says it
-        said = (str(e).strip() or type(e).__name__).splitlines()[0].partition("; ")[0].partition(". ")[0][:120]
+        said = _said(e).partition("; ")[0].partition(". ")[0][:120]
         raise Refusal(f"{model} is no folder here, and was not found on the hub ({said})", "check the name, or download it first") from None
 
 # %% ../../nbs/batch/40_cli.ipynb #1ba76e29

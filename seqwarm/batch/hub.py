@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 from .parameters import _recipe_name, find_recipe, parameters
 from .run import Failure, _folder
-from ..core.errors import Refusal
+from ..core.errors import Refusal, _said
 
 # %% ../../nbs/batch/12_hub.ipynb #654435b1
 PUSH = Annotated[str | None, typer.Option("--push-to-hub", metavar="REPO", show_default=False,
@@ -25,8 +25,6 @@ CHECKPOINT = Annotated[str | None, typer.Option("--checkpoint", metavar="NAME", 
 def _api() -> Any:
     from huggingface_hub import HfApi
     return HfApi(endpoint=os.environ.get("HF_ENDPOINT"), library_name="seqwarm")
-
-def _said(e: Exception) -> str: return " ".join((str(e).strip() or type(e).__name__).splitlines()[0].split())[:200]
 
 def allowed(repo: str) -> None:
     "Refuse a repository on the hub that cannot be written to, before any work begins."

@@ -20,6 +20,10 @@ def _line(text: str) -> str:
     line = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in " ".join(text.split()))
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST//2]} ... {line[-_LONGEST//3:]}"   # what to do comes last
 
+def _said(e: Exception, most: int = 200) -> str:
+    "The first line of what a library raised, or the name of its class."
+    return " ".join((str(e).strip() or type(e).__name__).splitlines()[0].split())[:most]
+
 class Refusal(ValueError):
     "Bad input that the user can mend; its text is one line: what is wrong, and what to do."
     def __init__(self,

@@ -16,7 +16,7 @@ from tokenizers import Tokenizer, processors
 from transformers import GenerationConfig, PreTrainedTokenizerFast
 from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, MODEL_FOR_MASKED_LM_MAPPING_NAMES
-from .errors import Refusal, _quiet
+from .errors import Refusal, _quiet, _said
 from .examples import Examples
 from .mix import with_mix
 
@@ -123,7 +123,7 @@ def with_head(folder: str | Path,    # of a Hugging Face checkpoint
         with _quiet(): model, info = getattr(transformers, architecture if bare else _AUTO[kind]).from_pretrained(
             folder, dtype=torch.float32, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True, **head)
     except (ValueError, KeyError, OSError) as e:
-        raise Refusal(f"{folder} can't be made ready for {kind} ({str(e).splitlines()[0][:120]})", "choose another task or model") from e
+        raise Refusal(f"{folder} can't be made ready for {kind} ({_said(e, 120)})", "choose another task or model") from e
     if lost := _lost(model, info): raise Refusal(f"{folder} lacks {lost[0]}", "is its config.json the right one?")
     return _Pooled(model, len(labels)) if bare else with_mix(model, folder)
 

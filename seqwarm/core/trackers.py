@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 from accelerate import Accelerator
 from accelerate.tracking import LoggerType, get_available_trackers
-from .errors import Refusal, unknown
+from .errors import Refusal, _said, unknown
 
 # %% ../../nbs/core/68_trackers.ipynb #68c691b1
 def tracker(wish: str | None = None) -> str | None:
@@ -36,6 +36,5 @@ def begin(acc: Accelerator,     # with `log_with`
     if kind == "wandb" and acc.is_main_process: (home/"log").mkdir(parents=True, exist_ok=True)
     try: acc.init_trackers(name if kind == "tensorboard" else recipe, config=told, init_kwargs={kind: own.get(kind, {})})
     except Exception as e:     # no key, no network, a place that is closed: each tracker has its own words
-        said = (str(e).strip() or type(e).__name__).splitlines()[0][:200]
         do = "log in (wandb login), or set WANDB_MODE=offline" if kind == "wandb" else "choose another tracker, or none"
-        raise Refusal(f"{kind} cannot be started ({said})", do) from e
+        raise Refusal(f"{kind} cannot be started ({_said(e)})", do) from e
